@@ -1,0 +1,135 @@
+"""What a node offers and what it reports: the seam between the control loop and a GPU Manager.
+
+``LocalNode`` (manager.py) and ``FakeNode`` (fake.py) implement ``Node``; the control loop implements ``NodeListener``.
+Every method is called on the one event loop that owns both sides, and none of them blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+from hotset.vocabulary import FailureKind, Gpu
+
+
+class LaunchSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything needed to start the GPU process of one model (one version of one function)."""
+
+    model: str
+    """``name@digest``."""
+    entry: str
+    """``module:Class`` inside ``code_path``."""
+    code_path: str
+    """Directory of the unpacked bundle, or of the user's own file (``hotset dev``)."""
+    python: str
+    """Interpreter of the function's environment."""
+    env: Mapping[str, str] = msgspec.field(default_factory=dict)
+    memory_bytes: int
+    """GPU memory the process may take."""
+    max_batch: int = 1
+    timeout_s: float = 60.0
+    """Longest one run may take before the process counts as hung."""
+    load_timeout_s: float = 300.0
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One request's payload, on its way to a GPU process."""
+
+    request_id: int
+    body: bytes | memoryview
+    content_type: str = "application/json"
+    accept: str = "*/*"
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One request's result, or one chunk of it.
+
+    A function's own exception is an answer too (status 500, a JSON error), as is a body that does not fit its signature
+    (status 400, naming the field).
+    """
+
+    request_id: int
+    status: int = 200
+    content_type: str = "application/json"
+    body: bytes | memoryview = b""
+    inference_s: float = 0.0
+    final: bool = True
+    """False: a chunk of a streamed answer; more will come. The last one (``final``) may be empty."""
+
+
+class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One GPU process as the operating system and the device see it, now."""
+
+    gpu_id: str
+    model: str
+    pid: int
+    device_bytes: int
+    """GPU memory: NVML per process on CUDA; parameters, buffers and workspace on a virtual GPU."""
+    private_bytes: int
+    """Host memory that is this process's own (unshared part of PSS)."""
+    shared_bytes: int
+
+
+class NodeListener(Protocol):
+    """Where a node reports; all methods are cheap and must not raise."""
+
+    def loaded(self, gpu_id: str, model: str, load_s: float, memory_bytes: int | None) -> None: ...
+
+    def load_failed(self, gpu_id: str, model: str, kind: FailureKind, reason: str) -> None: ...
+
+    def answered(self, answer: Answer) -> None: ...
+
+    def run_finished(self, gpu_id: str, model: str, inference_s: float) -> None: ...
+
+    def run_failed(
+        self, gpu_id: str, model: str, kind: FailureKind, reason: str, answered: tuple[int, ...]
+    ) -> None: ...
+
+    def process_lost(self, gpu_id: str, model: str, reason: str) -> None: ...
+
+    def gpu_lost(self, gpu_id: str, reason: str) -> None: ...
+
+    def logged(self, model: str, line: str) -> None: ...
+
+
+class Node(Protocol):
+    """A machine with GPUs. Calls for one GPU are carried out in the order they are made."""
+
+    @property
+    def gpus(self) -> Sequence[Gpu]: ...
+
+    async def start(self, listener: NodeListener) -> None:
+        """Find the devices and get ready; raises ``NodeError`` with what to do when there is nothing to run on."""
+        ...
+
+    async def stop(self) -> None:
+        """End every process: SIGTERM, a grace period, SIGKILL; returns when all are reaped."""
+        ...
+
+    def load(self, gpu_id: str, spec: LaunchSpec) -> None:
+        """Answered by ``loaded`` or ``load_failed``."""
+        ...
+
+    def unload(self, gpu_id: str, model: str) -> None:
+        """End the model's process; what is asked of this GPU later waits until its memory is free."""
+        ...
+
+    def run(self, gpu_id: str, model: str, calls: Sequence[Call]) -> None:
+        """Answered by ``answered`` for each call, then ``run_finished``; or by ``run_failed``."""
+        ...
+
+    def cancel(self, request_id: int) -> None:
+        """The client left: a streaming answer is closed at its next item; anything else runs to its end unread."""
+        ...
+
+    def healthy(self) -> bool:
+        """Whether a GPU process could be started now."""
+        ...
+
+    def processes(self) -> list[ProcessReport]: ...
+
+    def utilisation(self) -> Mapping[str, float]:
+        """GPU id -> share of the last second it was computing, 0 to 1."""
+        ...

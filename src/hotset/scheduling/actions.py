@@ -1,0 +1,53 @@
+"""What the scheduler wants done. The actions of one event are carried out in order; those of one GPU strictly so."""
+
+from __future__ import annotations
+
+import msgspec
+
+from hotset.vocabulary import RejectReason
+
+
+class Action(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """Base of all actions."""
+
+
+class Unload(Action, frozen=True):
+    """HOT -> COLD: end the model's process on this GPU. Its memory counts as free from here on."""
+
+    gpu_id: str
+    model: str
+
+
+class Load(Action, frozen=True):
+    """COLD -> HOT on this GPU; answered by ``ModelLoaded`` or ``LoadFailed``."""
+
+    gpu_id: str
+    model: str
+    request_id: int
+    """The request that caused it (a miss)."""
+    false_miss: bool
+    """Another GPU held the model at that moment (paper, evaluation)."""
+
+
+class Run(Action, frozen=True):
+    """Run the model for these requests in one go; answered by ``RunFinished`` or ``RunFailed``.
+
+    With more than one request: one batched call where the function batches (``Model.max_batch``), else one call after
+    the other, each answered as it is done.
+    """
+
+    gpu_id: str
+    model: str
+    request_ids: tuple[int, ...]
+    hit: bool
+    """The model was resident when the run was decided; False: a ``Load`` came first, for the first request."""
+
+
+class Reject(Action, frozen=True):
+    """End a request without a result."""
+
+    request_id: int
+    reason: RejectReason
+    message: str
+    """One sentence for the caller."""
+    retry_after_s: float | None = None

@@ -1,0 +1,99 @@
+"""The nouns every part of hotset shares. Small, no behaviour.
+
+Names are the paper's where it has one, else OpenFaaS's or the Open Inference Protocol's. Sizes are bytes, times are
+seconds; a field that is neither says so in its name.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import msgspec
+
+
+class Residency(Enum):
+    """Where a model's weights are, for one GPU."""
+
+    COLD = "cold"
+    """On disk only."""
+    WARM = "warm"
+    """Parked in host memory, its process alive."""
+    LOADING = "loading"
+    """On its way into GPU memory: the memory is reserved, the model cannot run yet."""
+    HOT = "hot"
+    """In GPU memory, ready to run."""
+
+
+class FailureKind(Enum):
+    """Why a GPU process could not finish a load or a run. All but ERROR end the process."""
+
+    CRASH = "crash"
+    """The process died."""
+    HANG = "hang"
+    """The process was killed because it ran past the function's timeout."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """The device had no room for the load or the run."""
+    DEVICE = "device"
+    """The GPU reported a sticky error: its context is poisoned (CUDA)."""
+    ERROR = "error"
+    """The function's own ``load`` raised."""
+
+
+class RejectReason(Enum):
+    """Why a request ended without running; each has its HTTP status (gateway/statuses)."""
+
+    UNKNOWN_MODEL = "unknown_model"
+    QUEUE_FULL = "queue_full"
+    DEADLINE = "deadline"
+    TOO_LARGE = "too_large"
+    QUARANTINED = "quarantined"
+    FAILED = "failed"
+    NO_GPU = "no_gpu"
+    REMOVED = "removed"
+    SHUTTING_DOWN = "shutting_down"
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """One GPU, real or virtual. ``gpu_id`` is unique in the cluster: ``node/device`` (``local/cuda:0``)."""
+
+    gpu_id: str
+    memory_bytes: int
+    """What models may use: the device's memory less what contexts and other programs hold."""
+    node: str = "local"
+    kind: str = "virtual"
+    """Device model; learned load and inference times are kept per kind."""
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a model's cost before it has been measured; None: not known, learn it."""
+
+    load_s: float | None = None
+    inference_s: float | None = None
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler must know of one version of one function.
+
+    A redeployed function is a new model (``name@digest``), so that calls in flight finish on the old one.
+    """
+
+    name: str
+    memory_bytes: int
+    """GPU memory while resident; declared at first, then replaced by what was measured."""
+    max_batch: int = 1
+    """Most requests that one run may join."""
+    retry: bool = True
+    """Whether a request whose process died may run once more."""
+    profile: Profile = Profile()
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One call, as the scheduler sees it: no payload."""
+
+    request_id: int
+    model: str
+    arrival_s: float
+    deadline_s: float | None = None
+    """Absolute time after which it is pointless to start the run; None: wait for ever."""
+    caller: str = ""
+    """Who pays for it (an API key's name, a tenant); empty: nobody in particular."""
