@@ -1,17 +1,17 @@
 """The error tree. Every message is one sentence that says what to do.
 
-    HotsetError
-    |-- ConfigurationError      a flag, file or label that cannot be honoured
-    |-- TraceError              a trace file that breaks its format (file, line, what was expected)
-    |-- UnknownNameError        a policy, eviction, preset, function or GPU nobody registered
-    |-- FunctionError           a function that breaks the function contract
-    |   `-- InputError          a request body that does not fit the function's signature (names the field)
-    |-- BundleError             a bundle that cannot be made, read or installed
-    |-- NodeError               a GPU process or device that failed
-    |   |-- OutOfMemoryError    a load or run that did not fit its GPU
-    |   `-- ProcessLostError    a GPU process that crashed or hung
-    |-- StoreError              a datastore that cannot be opened or written
-    `-- InvariantError          a bug in hotset itself: please report it
+HotsetError
+|-- ConfigurationError      a flag, file or label that cannot be honoured
+|-- TraceError              a trace file that breaks its format (file, line, what was expected)
+|-- UnknownNameError        a policy, eviction, preset, function or GPU nobody registered
+|-- FunctionError           a function that breaks the function contract
+|   `-- InputError          a request body that does not fit the function's signature (names the field)
+|-- BundleError             a bundle that cannot be made, read or installed
+|-- NodeError               a GPU process or device that failed
+|   |-- OutOfMemoryError    a load or run that did not fit its GPU
+|   `-- ProcessLostError    a GPU process that crashed or hung
+|-- StoreError              a datastore that cannot be opened or written
+`-- InvariantError          a bug in hotset itself: please report it
 """
 
 from __future__ import annotations
