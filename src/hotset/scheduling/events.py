@@ -58,12 +58,13 @@ class ModelLoaded(Event, frozen=True):
 
 
 class LoadFailed(Event, frozen=True):
-    """A ``Load`` came to nothing; the GPU's memory is as before it."""
+    """A ``Load`` came to nothing; the GPU's memory is as before it. ``memory_bytes``: what it would have taken."""
 
     gpu_id: str
     model: str
     kind: FailureKind
     reason: str
+    memory_bytes: int | None = None
 
 
 class RunFinished(Event, frozen=True):

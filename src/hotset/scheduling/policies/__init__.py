@@ -1,0 +1,26 @@
+"""Scheduling policies: which waiting request goes to which GPU next. One file each, registered by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from hotset.errors import UnknownNameError
+from hotset.scheduling.policies.interface import Policy, PolicySettings
+from hotset.scheduling.policies.lalb import Lalb
+from hotset.scheduling.policies.lalb_o3 import LalbO3
+from hotset.scheduling.policies.lb import Lb
+
+POLICIES: Mapping[str, Callable[[PolicySettings], Policy]] = {
+    "lb": lambda _: Lb(),
+    "lalb": lambda _: Lalb(),
+    "lalb_o3": LalbO3,
+}
+
+
+def make_policy(name: str, settings: PolicySettings | None = None) -> Policy:
+    """A fresh policy; ``UnknownNameError`` lists the known names."""
+    try:
+        factory = POLICIES[name]
+    except KeyError:
+        raise UnknownNameError("policy", name, tuple(POLICIES)) from None
+    return factory(settings or PolicySettings())

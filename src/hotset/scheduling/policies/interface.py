@@ -1,0 +1,60 @@
+"""What a policy is: a function from the cluster's state to the next placement."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Protocol
+
+import msgspec
+
+from hotset.scheduling.cluster import Cluster, GpuState
+from hotset.scheduling.queue import Entry
+
+
+class Rule(Enum):
+    """Why a request was placed where it was (PAPER: LALB's rules; shown by ``hotset explain``)."""
+
+    NEXT_IDLE = "next idle GPU, whatever it holds"
+    HIT_HERE = "the GPU idle longest holds the model"
+    HIT_ELSEWHERE = "another idle GPU holds the model"
+    NOWHERE = "no GPU holds the model"
+    WAIT_FOR_HOLDER = "waiting for the busy holder is shorter than a load"
+    LOAD_IS_SHORTER = "a load is shorter than waiting for the busy holder"
+    OUT_OF_ORDER_HIT = "the GPU holds the model of a younger request"
+    LOCAL_QUEUE = "head of the GPU's local queue"
+    RETRY = "second try after its process died"
+
+
+class PolicySettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings that some policies read."""
+
+    o3_limit: int = 25
+    """LALB+O3: most times a request may be passed over by younger ones."""
+
+
+class Placement(msgspec.Struct, frozen=True, gc=False):
+    """One decision: this request on that GPU, now or (``local``) after what the GPU already has."""
+
+    entry: Entry
+    gpu: GpuState
+    rule: Rule
+    local: bool = False
+    skips: bool = False
+    """It passes over every older waiting request."""
+    waited_s: float = 0.0
+    """Estimated wait for the earliest busy holder, where the rule compared one."""
+
+
+class Policy(Protocol):
+    """A scheduling policy. It keeps no state about the cluster; ``Cluster`` has it all."""
+
+    name: str
+    local_queues: bool
+    """Whether it places requests in local queues (the cluster then keeps finish estimates in order)."""
+
+    def next_placement(self, cluster: Cluster, now_s: float) -> Placement | None:
+        """The next placement, or None when nothing more can be placed now.
+
+        Called again after each placement was carried out, until it answers None.
+        """
+        ...

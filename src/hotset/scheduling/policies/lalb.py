@@ -1,0 +1,48 @@
+"""LALB, the paper's locality-aware load balancing."""
+
+from __future__ import annotations
+
+from hotset.scheduling.cluster import Cluster
+from hotset.scheduling.policies.interface import Placement, Rule
+from hotset.scheduling.queue import Entry
+
+
+def place_in_order(cluster: Cluster, entry: Entry, now_s: float) -> Placement | None:
+    """Step 2 of LALB for one request; None when it fits on no idle GPU.
+
+    2a its model is on the GPU idle longest: run there; 2b it is nowhere: run there, a miss; 2c it is on another idle
+    GPU: run on that one; 2d it is only on busy GPUs: wait for the one that is done first if that is shorter than a
+    load, else load another copy. O(log copies).
+    """
+    model = entry.model
+    holder = cluster.idle_holder(model)
+    here = cluster.first_idle(model)
+    if holder is not None:
+        if here is not None and model in here.memory.residents:
+            return Placement(entry, here, Rule.HIT_HERE)
+        return Placement(entry, holder, Rule.HIT_ELSEWHERE)
+    if here is None:
+        return None
+    busy = cluster.earliest_holder(model)
+    if busy is None:
+        return Placement(entry, here, Rule.NOWHERE)
+    wait_s = max(busy.busy_until_s - now_s, 0.0) + busy.local_backlog_s
+    if wait_s < cluster.load_s(model, here):
+        return Placement(entry, busy, Rule.WAIT_FOR_HOLDER, local=True, waited_s=wait_s)
+    return Placement(entry, here, Rule.LOAD_IS_SHORTER, waited_s=wait_s)
+
+
+class Lalb:
+    """Locality-aware load balancing: requests in order, each where its model is, unless that costs more than a load."""
+
+    name = "lalb"
+    local_queues = True
+
+    def next_placement(self, cluster: Cluster, now_s: float) -> Placement | None:
+        if not cluster.idle:
+            return None
+        for entry in cluster.queue.in_order():
+            placement = place_in_order(cluster, entry, now_s)
+            if placement is not None:
+                return placement
+        return None

@@ -1,0 +1,124 @@
+"""Profiles: what loads and runs cost, declared at first, learned from then on.
+
+Load time is a moving average per model and GPU kind. Inference time is a moving least-squares line over the batch size
+(``a + b * n``), so that one estimate serves single requests and batches (paper: latencies are profiled per model).
+"""
+
+from __future__ import annotations
+
+from hotset.vocabulary import Model
+
+NEWEST_WEIGHT = 0.1
+"""Weight of the newest observation once there are more than 1 / 0.1 of them."""
+
+DEFAULT_LOAD_S = 2.5
+DEFAULT_INFERENCE_S = 0.1
+
+
+class Average:
+    """A mean that starts exact and becomes a moving one."""
+
+    __slots__ = ("count", "mean")
+
+    def __init__(self, prior: float | None) -> None:
+        self.count = 0
+        self.mean = prior
+
+    def observe(self, value: float) -> None:
+        self.count += 1
+        if self.mean is None or self.count == 1:
+            self.mean = value
+        else:
+            self.mean += max(NEWEST_WEIGHT, 1.0 / self.count) * (value - self.mean)
+
+
+class BatchLine:
+    """Seconds of a run as a line over its number of requests, by moving moments."""
+
+    __slots__ = ("count", "cov", "mean_n", "mean_s", "var_n")
+
+    def __init__(self, prior_s: float | None) -> None:
+        self.count = 0
+        self.mean_n = 1.0
+        self.mean_s = prior_s
+        self.var_n = 0.0
+        self.cov = 0.0
+
+    def observe(self, batch: int, seconds: float) -> None:
+        self.count += 1
+        if self.mean_s is None or self.count == 1:
+            self.mean_n, self.mean_s = float(batch), seconds
+            return
+        weight = max(NEWEST_WEIGHT, 1.0 / self.count)
+        dn, ds = batch - self.mean_n, seconds - self.mean_s
+        self.mean_n += weight * dn
+        self.mean_s += weight * ds
+        if dn or self.var_n:
+            self.var_n = (1.0 - weight) * (self.var_n + weight * dn * dn)
+            self.cov = (1.0 - weight) * (self.cov + weight * dn * ds)
+
+    def estimate(self, batch: int) -> float | None:
+        """Seconds for a run of ``batch`` requests; n cost n times one until batches of two sizes were seen."""
+        if self.mean_s is None:
+            return None
+        if not self.var_n:
+            return self.mean_s if batch == self.mean_n else self.mean_s * batch / self.mean_n
+        slope = max(0.0, self.cov / self.var_n)
+        return max(self.mean_s + slope * (batch - self.mean_n), 0.0)
+
+
+class Profiles:
+    """Estimates for every model; one object serves all GPUs."""
+
+    def __init__(self) -> None:
+        self._loads: dict[tuple[str, str], Average] = {}
+        self._runs: dict[tuple[str, str], BatchLine] = {}
+        self._models: dict[str, Model] = {}
+        self._any_load = Average(None)
+        self._any_run = Average(None)
+
+    def add(self, model: Model) -> None:
+        self._models[model.name] = model
+
+    def remove(self, name: str) -> None:
+        self._models.pop(name, None)
+        for table in (self._loads, self._runs):
+            for key in [key for key in table if key[0] == name]:
+                del table[key]
+
+    def load_s(self, model: str, kind: str) -> float:
+        """Expected seconds to load the model on a GPU of this kind."""
+        known = self._loads.get((model, kind)) or self._load(model, kind)
+        if known.mean is not None:
+            return known.mean
+        return self._any_load.mean if self._any_load.mean is not None else DEFAULT_LOAD_S
+
+    def inference_s(self, model: str, kind: str, batch: int = 1) -> float:
+        """Expected seconds of one run of ``batch`` requests."""
+        known = self._runs.get((model, kind)) or self._run(model, kind)
+        estimate = known.estimate(batch)
+        if estimate is not None:
+            return estimate
+        return batch * self.typical_inference_s()
+
+    def typical_inference_s(self) -> float:
+        """Seconds of a request of no model in particular."""
+        return self._any_run.mean if self._any_run.mean is not None else DEFAULT_INFERENCE_S
+
+    def observe_load(self, model: str, kind: str, seconds: float) -> None:
+        (self._loads.get((model, kind)) or self._load(model, kind)).observe(seconds)
+        self._any_load.observe(seconds)
+
+    def observe_run(self, model: str, kind: str, batch: int, seconds: float) -> None:
+        (self._runs.get((model, kind)) or self._run(model, kind)).observe(batch, seconds)
+        self._any_run.observe(seconds / batch)
+
+    def _load(self, model: str, kind: str) -> Average:
+        declared = self._models.get(model)
+        average = self._loads[model, kind] = Average(declared.profile.load_s if declared else None)
+        return average
+
+    def _run(self, model: str, kind: str) -> BatchLine:
+        declared = self._models.get(model)
+        line = self._runs[model, kind] = BatchLine(declared.profile.inference_s if declared else None)
+        return line

@@ -1,0 +1,184 @@
+"""The global queue: requests in order of arrival, also found by model, with the skips the O3 bound needs.
+
+Every operation is O(1) amortised, but for a cancellation from within a model's own line. A request that leaves from the
+middle stays behind as a *hole* until the requests before it are gone. The number of holes left by out-of-order
+dispatches *is* the number of times the head was skipped: each such dispatch passed over every older request, hence over
+the head. No counter per request is kept.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from enum import Enum
+
+from hotset.vocabulary import Request
+
+
+class Place(Enum):
+    """Where a request that has not ended is."""
+
+    QUEUED = "queued"
+    """In the global queue."""
+    LOCAL = "local"
+    """In a GPU's local queue (LALB, rule 2d)."""
+    RETRY = "retry"
+    """Waiting for another GPU after its process died."""
+    ASSIGNED = "assigned"
+    """On a GPU: loading or running."""
+
+
+class Entry:
+    """A request on its way through the scheduler."""
+
+    __slots__ = (
+        "attempts",
+        "avoid_gpu",
+        "cancelled",
+        "gpu_id",
+        "in_fifo",
+        "local_cost_s",
+        "model",
+        "place",
+        "request",
+        "seq",
+        "skipped_over",
+    )
+
+    def __init__(self, request: Request, seq: int) -> None:
+        self.request = request
+        self.model = request.model
+        self.seq = seq
+        """Order of arrival; ties in time break by it."""
+        self.place = Place.QUEUED
+        self.attempts = 0
+        self.avoid_gpu = ""
+        """The GPU whose process died with this request (a retry goes elsewhere if it can)."""
+        self.cancelled = False
+        """Ended early while on a GPU: its client left or its deadline passed."""
+        self.gpu_id = ""
+        """The GPU it is on, or whose local queue it is in."""
+        self.local_cost_s = 0.0
+        """What it adds to that local queue's estimate."""
+        self.in_fifo = False
+        self.skipped_over = False
+        """It left the queue past older requests; its hole counts as one skip of each of them."""
+
+
+def _by_seq(entry: Entry) -> int:
+    return entry.seq
+
+
+class GlobalQueue:
+    """Requests that are bound to no GPU yet (late binding)."""
+
+    def __init__(self) -> None:
+        self._fifo: deque[Entry] = deque()
+        self._by_model: dict[str, deque[Entry]] = {}
+        self._waiting = 0
+        self._skip_holes = 0
+        self._holes = 0
+
+    def __len__(self) -> int:
+        return self._waiting
+
+    def push(self, entry: Entry) -> None:
+        entry.place = Place.QUEUED
+        entry.in_fifo = True
+        self._fifo.append(entry)
+        line = self._by_model.get(entry.model)
+        if line is None:
+            self._by_model[entry.model] = deque((entry,))
+        else:
+            line.append(entry)
+        self._waiting += 1
+
+    def give_back(self, entries: list[Entry]) -> None:
+        """Take back requests that had left the queue (their GPU was lost), before everyone of their model.
+
+        A request whose hole is still here (it had left out of order) revives in its old place; any other left as the
+        head, so it is older than everything that waits.
+        """
+        for entry in sorted(entries, key=_by_seq, reverse=True):
+            if entry.in_fifo:
+                self._forget_hole(entry)
+            else:
+                entry.in_fifo = True
+                self._fifo.appendleft(entry)
+            entry.place = Place.QUEUED
+            self._by_model.setdefault(entry.model, deque()).appendleft(entry)
+            self._waiting += 1
+
+    def take(self, entry: Entry, place: Place, *, skips: bool) -> None:
+        """Remove a waiting request. ``skips``: it passed over older ones, and each of those counts it."""
+        entry.place = place
+        entry.skipped_over = skips
+        self._waiting -= 1
+        line = self._by_model[entry.model]
+        if line[0] is entry:
+            line.popleft()
+        else:
+            line.remove(entry)  # only a cancelled request leaves from within its model's line
+        if not line:
+            del self._by_model[entry.model]
+        if self._fifo[0] is entry:
+            self._fifo.popleft()
+            entry.in_fifo = False
+            self._drop_leading_holes()
+        else:
+            if skips:
+                self._skip_holes += 1
+            self._holes += 1
+            if self._holes > 64 and self._holes > 4 * self._waiting:
+                self._compact()
+
+    def head(self) -> Entry | None:
+        """The oldest waiting request."""
+        return self._fifo[0] if self._waiting else None
+
+    @property
+    def skips_of_head(self) -> int:
+        """How often the oldest request was passed over by a younger one."""
+        return self._skip_holes
+
+    def first_of(self, model: str) -> Entry | None:
+        """The oldest waiting request for this model."""
+        line = self._by_model.get(model)
+        return line[0] if line is not None else None
+
+    def waiting_for(self, model: str) -> int:
+        """How many requests wait for this model."""
+        line = self._by_model.get(model)
+        return len(line) if line is not None else 0
+
+    @property
+    def models(self) -> dict[str, deque[Entry]]:
+        """The models somebody waits for (read only), each with its line, oldest first."""
+        return self._by_model
+
+    def in_order(self) -> Iterator[Entry]:
+        """Every waiting request, oldest first."""
+        return (entry for entry in self._fifo if entry.place is Place.QUEUED)
+
+    def _drop_leading_holes(self) -> None:
+        fifo = self._fifo
+        while fifo and fifo[0].place is not Place.QUEUED:
+            self._forget_hole(fifo[0])
+            fifo.popleft().in_fifo = False
+
+    def _forget_hole(self, entry: Entry) -> None:
+        self._holes -= 1
+        if entry.skipped_over:
+            self._skip_holes -= 1
+            entry.skipped_over = False
+
+    def _compact(self) -> None:
+        """Drop the holes that count for nothing (cancelled, or joined to another's run)."""
+        kept: deque[Entry] = deque()
+        for entry in self._fifo:
+            if entry.place is Place.QUEUED or entry.skipped_over:
+                kept.append(entry)
+            else:
+                entry.in_fifo = False
+                self._holes -= 1
+        self._fifo = kept
