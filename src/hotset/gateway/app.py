@@ -1,0 +1,200 @@
+"""The front door: a bare ASGI callable for ``/function/NAME``, and Starlette for everything else.
+
+The inference path has no framework, no validation and no task of its own per call (uvicorn has made one already): it
+reads the body, hands it to the control loop and writes what comes back. Bodies are decoded in the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from hotset.gateway.calls import CallRecord, Chunks, PendingCall, Receive, Result, StreamBroken
+from hotset.gateway.control import Control
+from hotset.gateway.statuses import error_body
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+PREFIX = "/function/"
+NAMESPACE = "openfaas-fn"
+"""The one namespace: OpenFaaS clients call ``NAME.openfaas-fn``, which is ``NAME``."""
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+DEFAULT_MAX_BODY_BYTES = 64 << 20
+
+
+class BodyError(Exception):
+    """A request that is refused before it is a call; the message is one sentence for the caller."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Gateway:
+    """ASGI application. ``rest`` serves what is not a call of a function."""
+
+    def __init__(self, control: Control, rest: Application, *, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) -> None:
+        self._control = control
+        self._rest = rest
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(PREFIX):
+            await self._call(scope, receive, send)
+        else:
+            await self._rest(scope, receive, send)
+
+    async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            pending = await self._submit(scope, receive)
+        except BodyError as error:
+            await _respond(send, error.status, error_body(str(error)), close=error.status == 413)
+            return
+        if pending is None:
+            return
+        try:
+            result = await pending.future
+            if result.chunks is None:
+                await self._answer(result, send)
+            else:
+                await self._stream(result, result.chunks, send)
+        except asyncio.CancelledError:
+            self._control.cancel(pending)
+            raise
+
+    async def _submit(self, scope: Scope, receive: Receive) -> PendingCall | None:
+        """Read the request and hand it in; None: the client left before it was read."""
+        if scope["method"] not in METHODS:
+            raise BodyError(405, f"a function cannot be called with {scope['method']}: use POST")
+        name = scope["path"][len(PREFIX) :].partition("/")[0]
+        function = self._function(name)
+        headers = dict(scope["headers"])
+        if _declared_length(headers.get(b"content-length", b"0")) > self._max_body_bytes:
+            raise self._too_large()
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body = message.get("body", b"")
+        if message.get("more_body", False):
+            rest = await self._read(body, receive)
+            if rest is None:
+                return None
+            body = rest
+        elif len(body) > self._max_body_bytes:
+            raise self._too_large()
+        timeout = headers.get(b"x-hotset-timeout")
+        try:
+            return self._control.submit(
+                function,
+                body,
+                headers.get(b"content-type", b"").decode("latin-1"),
+                headers.get(b"accept", b"*/*").decode("latin-1"),
+                timeout_s=None if timeout is None else _seconds(timeout),
+                receive=receive,
+            )
+        except KeyError:
+            raise _unknown(function) from None
+
+    def _function(self, name: str) -> str:
+        current = self._control.functions.current
+        if name in current:
+            return name
+        function, _, namespace = name.rpartition(".")
+        if namespace == NAMESPACE and function in current:
+            return function
+        raise _unknown(name)
+
+    async def _read(self, begun: bytes, receive: Receive) -> bytes | None:
+        parts, size = [begun], len(begun)
+        while True:
+            if size > self._max_body_bytes:
+                raise self._too_large()
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            part = message.get("body", b"")
+            parts.append(part)
+            size += len(part)
+            if not message.get("more_body", False) and size <= self._max_body_bytes:
+                return b"".join(parts)
+
+    def _too_large(self) -> BodyError:
+        return BodyError(
+            413, f"the body is larger than {self._max_body_bytes} bytes: send less, or raise max_body_bytes"
+        )
+
+    async def _answer(self, result: Result, send: Send) -> None:
+        headers = self._headers(result.record, result.content_type)
+        headers.append((b"content-length", b"%d" % len(result.body)))
+        if result.retry_after_s is not None:
+            headers.append((b"retry-after", b"%d" % math.ceil(result.retry_after_s)))
+        await send({"type": "http.response.start", "status": result.record.status, "headers": headers})
+        await send({"type": "http.response.body", "body": result.body})
+
+    async def _stream(self, result: Result, chunks: Chunks, send: Send) -> None:
+        """Pass a streamed answer on; one that breaks off ends with an error item and a closed connection."""
+        headers = self._headers(result.record, result.content_type)
+        await send({"type": "http.response.start", "status": result.record.status, "headers": headers})
+        try:
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except StreamBroken as broken:
+            item = _error_item(result.content_type, str(broken))
+            await send({"type": "http.response.body", "body": item, "more_body": True})
+            return
+        await send({"type": "http.response.body", "body": b""})
+
+    def _headers(self, record: CallRecord, content_type: str) -> Headers:
+        """What happened to the call. An answer's first chunk knows no inference time yet."""
+        headers: Headers = [
+            (b"content-type", content_type.encode("latin-1", "replace")),
+            (b"x-call-id", self._control.ids.public(record.request_id).encode()),
+            (b"x-hotset-queue-seconds", b"%.6f" % record.queue_s),
+            (b"x-hotset-load-seconds", b"%.6f" % record.load_s),
+            (b"x-hotset-inference-seconds", b"%.6f" % record.inference_s),
+            (b"x-duration-seconds", b"%.6f" % record.duration_s),
+        ]
+        if record.gpu_id:
+            headers.append((b"x-hotset-gpu", record.gpu_id.encode()))
+            headers.append((b"x-hotset-cache", b"hit" if record.hit else b"miss"))
+        return headers
+
+
+async def _respond(send: Send, status: int, body: bytes, *, close: bool) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if close:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _unknown(name: str) -> BodyError:
+    return BodyError(404, f"there is no function {name!r}: deploy it, or list them with GET /system/functions")
+
+
+def _declared_length(value: bytes) -> int:
+    if not value.isdigit() or len(value) > 18:
+        raise BodyError(400, "Content-Length must be the number of bytes of the body")
+    return int(value)
+
+
+def _seconds(value: bytes) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0.0 < seconds < math.inf:
+        raise BodyError(400, "X-Hotset-Timeout must be a number of seconds greater than 0")
+    return seconds
+
+
+def _error_item(content_type: str, message: str) -> bytes:
+    body = error_body(message)
+    if content_type.startswith("text/event-stream"):
+        return b"event: error\ndata: " + body + b"\n\n"
+    return body + b"\n"

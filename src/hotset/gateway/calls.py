@@ -1,0 +1,194 @@
+"""One call on its way through the gateway: what waits for it, what it becomes, and its public id."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+
+from hotset.gateway.functions import Version
+from hotset.node.interface import Call
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+class CallRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What happened to one call: the source of its response headers, its metrics and its trace row.
+
+    ``queue_s + load_s + inference_s`` falls short of ``duration_s`` by what hotset itself took.
+    """
+
+    request_id: int
+    function: str
+    model: str
+    arrival_s: float
+    """On the control loop's clock; ``Control.wall_clock`` turns it into Unix time."""
+    status: int
+    gpu_id: str = ""
+    """Empty: it never got to a GPU (a plain function, or a rejection)."""
+    hit: bool = False
+    queue_s: float = 0.0
+    """From arrival until its run began, less ``load_s``."""
+    load_s: float = 0.0
+    """The load this very call caused; 0 for a hit."""
+    inference_s: float = 0.0
+    duration_s: float = 0.0
+    """From arrival until its answer, or the last chunk of it, left the control loop."""
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """How a call ended (``chunks`` is None), or how its streamed answer begins (the body follows in ``chunks``)."""
+
+    record: CallRecord
+    content_type: str = "application/json"
+    body: bytes = b""
+    retry_after_s: float | None = None
+    chunks: Chunks | None = None
+
+
+class Chunks:
+    """A streamed answer, passed on as it comes; iterate over it once.
+
+    Iteration ends with the answer; it raises ``StreamBroken`` when the answer ends early (its process died, the
+    reader was too slow). Chunks that nobody has read yet count in ``buffered_bytes``.
+    """
+
+    def __init__(self) -> None:
+        self.buffered_bytes = 0
+        self._chunks: deque[bytes] = deque()
+        self._ended = False
+        self._error: str | None = None
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, chunk: bytes) -> None:
+        if chunk:
+            self._chunks.append(chunk)
+            self.buffered_bytes += len(chunk)
+        self._wake()
+
+    def end(self, error: str | None = None) -> None:
+        self._ended = True
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            while self._chunks:
+                chunk = self._chunks.popleft()
+                self.buffered_bytes -= len(chunk)
+                yield chunk
+            if self._ended:
+                if self._error is not None:
+                    raise StreamBroken(self._error)
+                return
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+
+
+class StreamBroken(Exception):
+    """A streamed answer ended before its last chunk; the message is one sentence for the caller."""
+
+
+class PendingCall:
+    """A call that has not ended: what the control loop remembers of it. ``future`` gets the ``Result``."""
+
+    __slots__ = (
+        "arrival_s",
+        "call",
+        "chunks",
+        "expires_s",
+        "future",
+        "gpu_id",
+        "hit",
+        "load_began_s",
+        "load_s",
+        "on_cpu",
+        "receive",
+        "request_id",
+        "run_s",
+        "version",
+        "watcher",
+    )
+
+    def __init__(
+        self, request_id: int, version: Version, call: Call, future: asyncio.Future[Result], arrival_s: float
+    ) -> None:
+        self.request_id = request_id
+        self.version = version
+        self.call = call
+        self.future = future
+        self.arrival_s = arrival_s
+        self.expires_s: float | None = None
+        """When it ends with 504 even while it runs; None: the function's own timeout bounds the run."""
+        self.run_s: float | None = None
+        """When its run began; None: it waits."""
+        self.load_began_s: float | None = None
+        """When the load it waits for, and caused, was decided."""
+        self.load_s = 0.0
+        self.gpu_id = ""
+        self.hit = False
+        self.on_cpu = False
+        """It was handed to the CPU pool: no GPU, no scheduler."""
+        self.chunks: Chunks | None = None
+        self.receive: Receive | None = None
+        """Where the client's leaving can be seen (ASGI); looked at only when the call takes long."""
+        self.watcher: asyncio.Task[None] | None = None
+
+    def load_begins(self, gpu_id: str, now_s: float) -> None:
+        self.gpu_id = gpu_id
+        self.load_began_s = now_s
+
+    def run_begins(self, gpu_id: str, hit: bool, now_s: float) -> None:
+        if self.load_began_s is not None:
+            self.load_s += now_s - self.load_began_s
+            self.load_began_s = None
+        self.gpu_id = gpu_id
+        self.hit = hit
+        self.run_s = now_s
+
+    def record(self, status: int, now_s: float, inference_s: float = 0.0) -> CallRecord:
+        """The call as it stands at ``now_s``."""
+        until_s = now_s if self.run_s is None else self.run_s
+        return CallRecord(
+            request_id=self.request_id,
+            function=self.version.function,
+            model=self.version.model,
+            arrival_s=self.arrival_s,
+            status=status,
+            gpu_id=self.gpu_id,
+            hit=self.hit,
+            queue_s=max(0.0, until_s - self.arrival_s - self.load_s),
+            load_s=self.load_s,
+            inference_s=inference_s,
+            duration_s=now_s - self.arrival_s,
+        )
+
+
+class CallIds:
+    """Public call ids: UUIDs whose last 12 digits are the request id, under a prefix drawn at start.
+
+    So an id tells which request it was without a table, and an id from before a restart is not mistaken for a new one.
+    """
+
+    def __init__(self) -> None:
+        self._prefix = str(uuid.uuid4())[:24]
+
+    def public(self, request_id: int) -> str:
+        return f"{self._prefix}{request_id:012x}"
+
+    def request_id(self, public: str) -> int | None:
+        """The request behind a public id; None: not one of this server's."""
+        if len(public) != 36 or not public.startswith(self._prefix):
+            return None
+        try:
+            return int(public[24:], 16)
+        except ValueError:
+            return None

@@ -1,0 +1,497 @@
+"""The control loop: the one owner that joins the scheduler, the nodes and the clients (rule R2).
+
+A call becomes an event, the scheduler's actions become calls of a node, the node's reports become events and answers::
+
+    call() -> RequestArrived -> Scheduler -> Run -> Node.run
+    Future <- Result <- answered() <- Node        run_finished() -> RunFinished -> Scheduler -> ...
+
+Everything here runs on one event loop and nothing blocks, so there are no locks. One Future per call and no task: only
+a call that waits longer than ``LOOK_AFTER_S`` costs a task, which watches whether its client is still there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from hotset.gateway.calls import CallIds, CallRecord, Chunks, PendingCall, Receive, Result
+from hotset.gateway.functions import Functions, Version, VersionSpec
+from hotset.gateway.logbook import Logbook, LogLine
+from hotset.gateway.metrics import FunctionMetrics, GpuMetrics
+from hotset.gateway.statuses import CLIENT_CLOSED, STATUS, WAIT_BEFORE_RETRY_S, error_body
+from hotset.node.interface import Answer, Call, LaunchSpec, Node, NodeListener
+from hotset.scheduling.actions import Load, Reject, Run, Unload
+from hotset.scheduling.events import (
+    Event,
+    GpuJoined,
+    GpuLost,
+    LoadFailed,
+    ModelAdded,
+    ModelLoaded,
+    ModelRemoved,
+    ProcessLost,
+    RequestArrived,
+    RequestCancelled,
+    RunFailed,
+    RunFinished,
+    TimeAdvanced,
+)
+from hotset.scheduling.scheduler import Scheduler
+from hotset.vocabulary import FailureKind, RejectReason, Request
+
+LOOK_AFTER_S = 0.1
+"""How often calls that take long are looked at: has the client left, has the time it gave run out."""
+SHUTTING_DOWN = "the server is shutting down: try again elsewhere"
+
+log = logging.getLogger("hotset.gateway")
+
+
+class Clock(Protocol):
+    """What the control loop needs of time; ``asyncio`` loops fit."""
+
+    def time(self) -> float: ...
+
+    def call_later(self, delay: float, callback: Callable[[], object], /) -> object: ...
+
+
+class CpuPool(Protocol):
+    """Where plain functions run (``hotset.node.cpu``); it reports to the control loop as a node does."""
+
+    async def start(self, listener: NodeListener) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def run(self, spec: LaunchSpec, call: Call) -> None:
+        """Answered by ``answered``, or by ``run_failed`` with an empty GPU id."""
+        ...
+
+    def cancel(self, request_id: int) -> None: ...
+
+    def forget(self, model: str) -> None:
+        """The version is gone: end its processes."""
+        ...
+
+
+class ControlConfig(msgspec.Struct, frozen=True, kw_only=True):
+    recorded_calls: int = 100_000
+    """How many finished calls are kept for ``/system/trace``; the oldest go first."""
+    stream_buffer_bytes: int = 16 << 20
+    """A streamed answer is given up when its reader is this far behind."""
+    max_cpu_calls: int = 1_000
+    """Most calls of plain functions that wait or run at once; one more gets a 429."""
+
+
+class Control:
+    """Owns the scheduler, the nodes and every call that has not ended. ``start`` it on the loop that is to run it."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        nodes: Sequence[Node],
+        *,
+        cpu: CpuPool | None = None,
+        config: ControlConfig | None = None,
+        clock: Clock | None = None,
+        unix_time: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config or ControlConfig()
+        self.scheduler = scheduler
+        self.functions = Functions()
+        self.logbook = Logbook()
+        self.ids = CallIds()
+        self.records: deque[CallRecord] = deque(maxlen=self.config.recorded_calls)
+        self.accepting = False
+        self.lost_gpus: dict[str, str] = {}
+        """GPU id -> why it was lost."""
+        self._nodes = nodes
+        self._node_of: dict[str, Node] = {}
+        self._cpu = cpu
+        self._clock = clock
+        self._unix_time = unix_time
+        self._epoch_s = 0.0
+        self._calls: dict[int, PendingCall] = {}
+        self._last_request_id = 0
+        self._cpu_calls = 0
+        self._looking = False
+        self._wakeup_s = float("inf")
+        self._drained: asyncio.Future[None] | None = None
+
+    # Life
+
+    async def start(self) -> None:
+        """Start the nodes and take calls; raises ``NodeError`` when a node has nothing to run on."""
+        self._loop = asyncio.get_running_loop()
+        clock = self._clock or self._loop
+        self._now = clock.time
+        self._call_later = clock.call_later
+        self._epoch_s = self._unix_time() - self._now()
+        for node in self._nodes:
+            await node.start(self)
+            for gpu in node.gpus:
+                self._node_of[gpu.gpu_id] = node
+                self._handle(GpuJoined(gpu))
+        if self._cpu is not None:
+            await self._cpu.start(self)
+        self.accepting = True
+
+    async def drain(self, grace_s: float) -> None:
+        """Take no more calls and let the others end; those that have not after ``grace_s`` seconds get a 503."""
+        self.accepting = False
+        self.logbook.close()
+        if self._calls:
+            self._drained = self._loop.create_future()
+            await asyncio.wait([self._drained], timeout=grace_s)
+        for pending in list(self._calls.values()):
+            self._abandon(pending, RejectReason.SHUTTING_DOWN, SHUTTING_DOWN)
+
+    async def stop(self) -> None:
+        """End every process; what still waits gets a 503."""
+        await self.drain(0.0)
+        for node in self._nodes:
+            await node.stop()
+        if self._cpu is not None:
+            await self._cpu.stop()
+
+    # Functions
+
+    def deploy(self, spec: VersionSpec) -> None:
+        """Install a version beside the old one: new calls go to it from here on, the old one's calls end on the old."""
+        version, replaced = self.functions.install(spec)
+        if spec.scheduled is not None:
+            self._handle(ModelAdded(spec.scheduled))
+        if replaced is not None:
+            self._remove_if_done(replaced)
+        log.info("deployed %s", version.model)
+
+    def remove(self, function: str) -> bool:
+        """Take a function out of service; its calls end first. False: there is none of that name."""
+        version = self.functions.retire(function)
+        if version is None:
+            return False
+        self._remove_if_done(version)
+        log.info("removed %s", version.model)
+        return True
+
+    def _remove_if_done(self, version: Version) -> None:
+        """Drop a retired version whose calls have ended; one that was deployed again meanwhile stays."""
+        if version.calls or not version.retired or self.functions.versions.get(version.model) is not version:
+            return
+        self.functions.forget(version)
+        if version.spec.scheduled is not None:
+            self._handle(ModelRemoved(version.model))
+        elif self._cpu is not None:
+            self._cpu.forget(version.model)
+
+    # Calls
+
+    def submit(
+        self,
+        function: str,
+        body: bytes | memoryview,
+        content_type: str = "application/json",
+        accept: str = "*/*",
+        *,
+        caller: str = "",
+        timeout_s: float | None = None,
+        receive: Receive | None = None,
+    ) -> PendingCall:
+        """Hand in a call; its ``future`` gets the ``Result``, whatever happens. ``KeyError``: no such function.
+
+        ``timeout_s`` is the time the caller gives it, running included; the function's own is the upper bound.
+        ``receive`` (ASGI) is watched for the client's leaving once the call takes long.
+        """
+        version = self.functions.current[function]
+        now_s = self._now()
+        request_id = self._last_request_id = self._last_request_id + 1
+        call = Call(request_id=request_id, body=body, content_type=content_type, accept=accept)
+        pending = PendingCall(request_id, version, call, self._loop.create_future(), now_s)
+        pending.receive = receive
+        version.calls += 1
+        self._calls[request_id] = pending
+        if not self.accepting:
+            self._reject(pending, RejectReason.SHUTTING_DOWN, SHUTTING_DOWN)
+            return pending
+        deadline_s = now_s + version.spec.timeout_s
+        if timeout_s is not None and timeout_s < version.spec.timeout_s:
+            deadline_s = pending.expires_s = now_s + timeout_s
+        if not self._looking:
+            self._looking = True
+            self._call_later(LOOK_AFTER_S, self._look)
+        if version.spec.scheduled is None:
+            self._submit_to_cpu(pending, deadline_s)
+        else:
+            self._handle(
+                RequestArrived(
+                    Request(
+                        request_id=request_id,
+                        model=version.model,
+                        arrival_s=now_s,
+                        deadline_s=deadline_s,
+                        caller=caller,
+                    )
+                )
+            )
+        return pending
+
+    def _submit_to_cpu(self, pending: PendingCall, deadline_s: float) -> None:
+        if self._cpu is None:
+            self._reject(pending, RejectReason.FAILED, "this server runs no plain functions: it has no CPU pool")
+        elif self._cpu_calls >= self.config.max_cpu_calls:
+            message = f"{self._cpu_calls} calls of plain functions are open already: try again later"
+            self._reject(pending, RejectReason.QUEUE_FULL, message)
+        else:
+            self._cpu_calls += 1
+            pending.on_cpu = True
+            pending.expires_s = deadline_s
+            self._cpu.run(pending.version.spec.launch, pending.call)
+
+    async def call(
+        self,
+        function: str,
+        body: bytes | memoryview,
+        content_type: str = "application/json",
+        accept: str = "*/*",
+        *,
+        caller: str = "",
+        timeout_s: float | None = None,
+    ) -> Result:
+        """``submit`` and wait; cancelling the wait is leaving."""
+        pending = self.submit(function, body, content_type, accept, caller=caller, timeout_s=timeout_s)
+        try:
+            return await pending.future
+        except asyncio.CancelledError:
+            self.cancel(pending)
+            raise
+
+    def cancel(self, pending: PendingCall) -> None:
+        """The client left: a waiting call leaves the queue, a running one ends unread."""
+        if pending.request_id in self._calls:
+            self._withdraw(pending)
+            self._end(pending, Result(record=pending.record(CLIENT_CLOSED, self._now())))
+
+    def _withdraw(self, pending: PendingCall) -> None:
+        """Nobody wants the call any more: tell whoever has it."""
+        if pending.on_cpu:
+            assert self._cpu is not None
+            self._cpu.cancel(pending.request_id)
+            return
+        self._handle(RequestCancelled(pending.request_id))
+        if pending.run_s is not None and pending.gpu_id in self._node_of:
+            self._node_of[pending.gpu_id].cancel(pending.request_id)
+
+    def _abandon(self, pending: PendingCall, reason: RejectReason, message: str) -> None:
+        """Answer the client now, whatever became of the call."""
+        if pending.request_id in self._calls:
+            self._withdraw(pending)
+            self._reject(pending, reason, message)
+
+    def _reject(
+        self, pending: PendingCall, reason: RejectReason, message: str, retry_after_s: float | None = None
+    ) -> None:
+        call_id = self.ids.public(pending.request_id)
+        self._end(
+            pending,
+            Result(
+                record=pending.record(STATUS[reason], self._now()),
+                body=error_body(message, reason=reason.value, function=pending.version.function, call_id=call_id),
+                retry_after_s=WAIT_BEFORE_RETRY_S.get(reason) if retry_after_s is None else retry_after_s,
+            ),
+            error=message,
+        )
+
+    def _end(self, pending: PendingCall, result: Result, error: str | None = None) -> None:
+        """The one way out: every call passes here exactly once. ``error``: how a streamed answer broke off."""
+        del self._calls[pending.request_id]
+        version = pending.version
+        version.calls -= 1
+        self._cpu_calls -= pending.on_cpu
+        version.metrics.observe(result.record)
+        self.records.append(result.record)
+        if pending.watcher is not None:
+            pending.watcher.cancel()
+        if pending.chunks is not None:
+            pending.chunks.end(error)
+        elif not pending.future.done():
+            pending.future.set_result(result)
+        if not version.calls and version.retired:
+            self._loop.call_soon(self._remove_if_done, version)  # not now: the scheduler may be in the middle of a turn
+        if self._drained is not None and not self._calls and not self._drained.done():
+            self._drained.set_result(None)
+
+    def _look(self) -> None:
+        """Look after the calls that take long; comes again as long as there are calls."""
+        now_s = self._now()
+        for pending in list(self._calls.values()):
+            if pending.expires_s is not None and now_s >= pending.expires_s:
+                message = f"the call took longer than the {pending.expires_s - pending.arrival_s:g} s it was given"
+                self._abandon(pending, RejectReason.DEADLINE, message)
+            elif pending.watcher is None and pending.receive is not None and now_s - pending.arrival_s >= LOOK_AFTER_S:
+                pending.watcher = self._loop.create_task(self._watch(pending, pending.receive))
+        self._looking = bool(self._calls)
+        if self._looking:
+            self._call_later(LOOK_AFTER_S, self._look)
+
+    async def _watch(self, pending: PendingCall, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        pending.watcher = None
+        self.cancel(pending)
+
+    # Scheduler -> node
+
+    def _handle(self, event: Event) -> None:
+        """Tell the scheduler and do what it says. Never entered twice: a node reports later, not from inside a call."""
+        for action in self.scheduler.handle(event, self._now()):
+            if type(action) is Run:
+                self._run(action)
+            elif type(action) is Load:
+                self._load(action)
+            elif type(action) is Unload:
+                self._unload(action)
+            elif type(action) is Reject:
+                rejected = self._calls.get(action.request_id)
+                if rejected is not None:
+                    self._reject(rejected, action.reason, action.message, action.retry_after_s)
+        wakeup_s = self.scheduler.next_wakeup_s()
+        if wakeup_s is not None and wakeup_s < self._wakeup_s:
+            self._wakeup_s = wakeup_s
+            self._call_later(max(0.0, wakeup_s - self._now()), self._wake)
+
+    def _wake(self) -> None:
+        self._wakeup_s = float("inf")
+        self._handle(TimeAdvanced())
+
+    def _run(self, action: Run) -> None:
+        now_s = self._now()
+        gpu_id, hit = action.gpu_id, action.hit
+        calls: list[Call] = []
+        for request_id in action.request_ids:
+            pending = self._calls.get(request_id)
+            if pending is not None:
+                pending.run_begins(gpu_id, hit, now_s)
+                pending.version.metrics.hits += hit
+                calls.append(pending.call)
+            hit = True  # the ones that join a load's first run found the model there
+        self._node_of[gpu_id].run(gpu_id, action.model, calls)
+
+    def _load(self, action: Load) -> None:
+        version = self.functions.versions[action.model]
+        version.metrics.misses += 1
+        version.metrics.false_misses += action.false_miss
+        pending = self._calls.get(action.request_id)
+        if pending is not None:
+            pending.load_begins(action.gpu_id, self._now())
+        self._node_of[action.gpu_id].load(action.gpu_id, version.spec.launch)
+
+    def _unload(self, action: Unload) -> None:
+        version = self.functions.versions.get(action.model)
+        if version is not None:
+            version.metrics.evictions += 1
+        self._node_of[action.gpu_id].unload(action.gpu_id, action.model)
+
+    # Node -> scheduler and clients (``NodeListener``)
+
+    def loaded(self, gpu_id: str, model: str, load_s: float, memory_bytes: int | None) -> None:
+        self._handle(ModelLoaded(gpu_id, model, load_s, memory_bytes))
+
+    def load_failed(
+        self, gpu_id: str, model: str, kind: FailureKind, reason: str, memory_bytes: int | None = None
+    ) -> None:
+        log.warning("%s did not load on %s (%s): %s", model, gpu_id, kind.value, reason)
+        self._handle(LoadFailed(gpu_id, model, kind, reason, memory_bytes))
+
+    def answered(self, answer: Answer) -> None:
+        pending = self._calls.get(answer.request_id)
+        if pending is None:
+            return  # its client left
+        record = pending.record(answer.status, self._now(), answer.inference_s)
+        chunks = pending.chunks
+        body = bytes(answer.body)  # copies only what lies in a shared slot, which is used again after this call
+        if answer.final:
+            if chunks is not None:
+                chunks.put(body)
+            self._end(pending, Result(record=record, content_type=answer.content_type, body=body))
+            return
+        if chunks is None:
+            chunks = pending.chunks = Chunks()
+            if not pending.future.done():
+                pending.future.set_result(Result(record=record, content_type=answer.content_type, chunks=chunks))
+        chunks.put(body)
+        if chunks.buffered_bytes > self.config.stream_buffer_bytes:
+            self._abandon(pending, RejectReason.FAILED, "the answer came faster than it was read: read it faster")
+
+    def run_finished(self, gpu_id: str, model: str, inference_s: float) -> None:
+        self._handle(RunFinished(gpu_id, model, inference_s))
+
+    def run_failed(self, gpu_id: str, model: str, kind: FailureKind, reason: str, answered: tuple[int, ...]) -> None:
+        log.warning("%s failed on %s (%s): %s", model, gpu_id, kind.value, reason)
+        self._handle(RunFailed(gpu_id, model, kind, reason, answered + self._break_streams(gpu_id, reason)))
+
+    def process_lost(self, gpu_id: str, model: str, reason: str) -> None:
+        log.warning("the process of %s on %s is gone: %s", model, gpu_id, reason)
+        self._handle(ProcessLost(gpu_id, model, reason))
+
+    def gpu_lost(self, gpu_id: str, reason: str) -> None:
+        log.error("GPU %s is lost: %s", gpu_id, reason)
+        self.lost_gpus[gpu_id] = reason
+        for request_id in self._break_streams(gpu_id, reason):
+            self._handle(RequestCancelled(request_id))
+        self._handle(GpuLost(gpu_id, reason))
+
+    def logged(self, model: str, line: str) -> None:
+        function = model.rpartition("@")[0] or model
+        self.logbook.write(LogLine(name=function, instance=model, timestamp_s=self._unix_time(), text=line))
+
+    def _break_streams(self, gpu_id: str, reason: str) -> tuple[int, ...]:
+        """End the answers that a failed GPU process had begun: what is sent cannot be taken back and tried again."""
+        begun = [each for each in self._calls.values() if each.gpu_id == gpu_id and each.chunks is not None]
+        for pending in begun:
+            self._reject(pending, RejectReason.FAILED, f"the answer broke off: {reason}")
+        return tuple(pending.request_id for pending in begun)
+
+    # What operators ask
+
+    def healthy(self) -> str | None:
+        """None when every node can start a GPU process and no GPU is lost; else one sentence on what is wrong."""
+        for gpu_id, reason in self.lost_gpus.items():
+            return f"GPU {gpu_id} is lost: {reason}"
+        if not self.accepting:
+            return "the server is shutting down"
+        if not all(node.healthy() for node in self._nodes):
+            return "a node cannot start a GPU process: see the server's log"
+        return None
+
+    def wall_clock(self, loop_s: float) -> float:
+        """Unix time of a time on the control loop's clock."""
+        return self._epoch_s + loop_s
+
+    def function_metrics(self) -> Iterable[FunctionMetrics]:
+        return self.functions.metrics()
+
+    def gpu_metrics(self) -> list[GpuMetrics]:
+        busy: dict[str, float] = {}
+        for node in self._nodes:
+            busy.update(node.utilisation())
+        return [
+            GpuMetrics(
+                gpu_id=gpu_id,
+                capacity_bytes=gpu.memory.capacity_bytes,
+                used_bytes=gpu.memory.used_bytes,
+                busy_ratio=busy.get(gpu_id, 0.0),
+            )
+            for gpu_id, gpu in self.scheduler.cluster.gpus.items()
+        ]
+
+    def waiting(self) -> dict[str, int]:
+        """Function -> calls whose run has not begun, for every function that is deployed."""
+        counts = dict.fromkeys(self.functions.current, 0)
+        for pending in self._calls.values():
+            if pending.run_s is None:
+                counts[pending.version.function] = counts.get(pending.version.function, 0) + 1
+        return counts

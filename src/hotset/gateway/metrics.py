@@ -1,0 +1,159 @@
+"""Prometheus metrics. Counting is a few additions per call; all formatting happens when somebody scrapes.
+
+Exported names (docs/metrics.md): ``hotset_requests_total``, ``hotset_request_seconds``, ``hotset_queue_seconds_total``,
+``hotset_load_seconds_total``, ``hotset_inference_seconds_total``, ``hotset_hits_total``, ``hotset_misses_total``,
+``hotset_false_misses_total``, ``hotset_evictions_total`` and ``hotset_queue_length`` by function;
+``hotset_gpu_memory_used_bytes``, ``hotset_gpu_memory_capacity_bytes`` and ``hotset_gpu_busy_ratio`` by GPU.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+    from hotset.gateway.calls import CallRecord
+
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+"""Upper bounds of the latency histogram: from a small model that is hot to a big one that must be loaded first."""
+
+
+class FunctionMetrics:
+    """Counters of one function, over all its versions."""
+
+    __slots__ = (
+        "buckets",
+        "duration_s",
+        "evictions",
+        "false_misses",
+        "function",
+        "hits",
+        "inference_s",
+        "load_s",
+        "misses",
+        "queue_s",
+        "requests",
+    )
+
+    def __init__(self, function: str) -> None:
+        self.function = function
+        self.requests: dict[int, int] = {}
+        """HTTP status -> calls that ended with it."""
+        self.buckets = [0] * (len(BUCKETS_S) + 1)
+        self.duration_s = 0.0
+        self.queue_s = 0.0
+        self.load_s = 0.0
+        self.inference_s = 0.0
+        self.hits = 0
+        self.misses = 0
+        self.false_misses = 0
+        self.evictions = 0
+
+    def observe(self, record: CallRecord) -> None:
+        """Count a call that ended."""
+        status = record.status
+        self.requests[status] = self.requests.get(status, 0) + 1
+        self.buckets[bisect_left(BUCKETS_S, record.duration_s)] += 1
+        self.duration_s += record.duration_s
+        self.queue_s += record.queue_s
+        self.load_s += record.load_s
+        self.inference_s += record.inference_s
+
+    @property
+    def total(self) -> int:
+        """Calls that ended, whatever their status."""
+        return sum(self.requests.values())
+
+
+class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """One GPU, now."""
+
+    gpu_id: str
+    capacity_bytes: int
+    used_bytes: int
+    busy_ratio: float
+    """Share of the last second that it was computing, 0 to 1."""
+
+
+class Metered(Protocol):
+    """What the collector reads (``Control``)."""
+
+    def function_metrics(self) -> Iterable[FunctionMetrics]: ...
+
+    def gpu_metrics(self) -> Sequence[GpuMetrics]: ...
+
+    def waiting(self) -> dict[str, int]:
+        """Function -> calls whose run has not begun."""
+        ...
+
+
+_COUNTERS = (
+    ("queue_s", "hotset_queue_seconds", "Seconds that calls waited for a GPU."),
+    ("load_s", "hotset_load_seconds", "Seconds spent loading models for the calls that caused the loads."),
+    ("inference_s", "hotset_inference_seconds", "Seconds spent in the function itself."),
+    ("hits", "hotset_hits", "Calls that found their model in GPU memory."),
+    ("misses", "hotset_misses", "Calls whose model had to be loaded."),
+    ("false_misses", "hotset_false_misses", "Loads of a model that another GPU held at that moment."),
+    ("evictions", "hotset_evictions", "Times the function's model was unloaded to make room."),
+)
+
+
+class HotsetCollector:
+    """Turns the counters into Prometheus families at scrape time."""
+
+    def __init__(self, source: Metered) -> None:
+        self._source = source
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+        functions = list(self._source.function_metrics())
+        requests = CounterMetricFamily("hotset_requests", "Calls that ended.", labels=["function", "code"])
+        seconds = HistogramMetricFamily("hotset_request_seconds", "Latency of a call, all in all.", labels=["function"])
+        for each in functions:
+            for status, count in each.requests.items():
+                requests.add_metric([each.function, str(status)], count)
+            seconds.add_metric([each.function], _cumulative(each.buckets), each.duration_s)
+        yield requests
+        yield seconds
+        for attribute, name, text in _COUNTERS:
+            family = CounterMetricFamily(name, text, labels=["function"])
+            for each in functions:
+                family.add_metric([each.function], getattr(each, attribute))
+            yield family
+        waiting = GaugeMetricFamily("hotset_queue_length", "Calls whose run has not begun.", labels=["function"])
+        for function, count in self._source.waiting().items():
+            waiting.add_metric([function], count)
+        yield waiting
+        capacity = GaugeMetricFamily("hotset_gpu_memory_capacity_bytes", "What models may use.", labels=["gpu"])
+        used = GaugeMetricFamily("hotset_gpu_memory_used_bytes", "What models use or have reserved.", labels=["gpu"])
+        busy = GaugeMetricFamily("hotset_gpu_busy_ratio", "Share of the last second spent computing.", labels=["gpu"])
+        for gpu in self._source.gpu_metrics():
+            capacity.add_metric([gpu.gpu_id], gpu.capacity_bytes)
+            used.add_metric([gpu.gpu_id], gpu.used_bytes)
+            busy.add_metric([gpu.gpu_id], gpu.busy_ratio)
+        yield from (capacity, used, busy)
+
+
+def _cumulative(buckets: Sequence[int]) -> list[tuple[str, float]]:
+    """Prometheus wants each bucket to hold all smaller ones, the last being ``+Inf``."""
+    total = 0
+    out: list[tuple[str, float]] = []
+    for bound, count in zip([*map(str, BUCKETS_S), "+Inf"], buckets, strict=True):
+        total += count
+        out.append((bound, total))
+    return out
+
+
+def exposition(source: Metered) -> tuple[bytes, str]:
+    """The body and content type of ``GET /metrics``."""
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(HotsetCollector(source))
+    return generate_latest(registry), CONTENT_TYPE_LATEST
