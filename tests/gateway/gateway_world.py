@@ -41,7 +41,7 @@ def version(
     *,
     memory_bytes: int = 100 * MIB,
     max_batch: int = 1,
-    timeout_s: float = 30.0,
+    patience_s: float = 30.0,
     on_cpu: bool = False,
 ) -> VersionSpec:
     model = f"{function}@{digest}"
@@ -54,10 +54,9 @@ def version(
             python="python",
             memory_bytes=memory_bytes,
             max_batch=max_batch,
-            timeout_s=timeout_s,
         ),
         scheduled=None if on_cpu else Model(name=model, memory_bytes=memory_bytes, max_batch=max_batch),
-        timeout_s=timeout_s,
+        patience_s=patience_s,
     )
 
 
@@ -116,3 +115,74 @@ class World:
     def verbs(self, *verbs: str) -> list[tuple[str, str]]:
         """What the node was asked to do, in order: (verb, model)."""
         return [(each.verb, each.model) for each in self.node.operations if not verbs or each.verb in verbs]
+
+
+class Reply(msgspec.Struct):
+    """What an ASGI application sent."""
+
+    status: int = 0
+    headers: dict[str, str] = msgspec.field(default_factory=dict)
+    body: bytes = b""
+    chunks: list[bytes] = msgspec.field(default_factory=list)
+    complete: bool = False
+
+    @property
+    def error(self) -> str:
+        return str(msgspec.json.decode(self.body)["error"])
+
+
+class Client:
+    """Raw ASGI calls; ``body`` may be a list of parts, as a chunked upload arrives."""
+
+    def __init__(self, application: Any) -> None:
+        self.application = application
+        self.left = asyncio.Event()
+        """Set it, and every client is gone."""
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | list[bytes] = b"",
+        headers: dict[str, str] | None = None,
+        *,
+        reply: Reply | None = None,
+    ) -> Reply:
+        reply = reply or Reply()
+        parts = body if isinstance(body, list) else [body]
+        messages = [
+            {"type": "http.request", "body": part, "more_body": index < len(parts)}
+            for index, part in enumerate(parts, 1)
+        ]
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop(0)
+            await self.left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                assert reply.status == 0, "two answers"
+                reply.status = message["status"]
+                reply.headers = {name.decode().lower(): value.decode() for name, value in message["headers"]}
+            else:
+                assert not reply.complete, "more after the end"
+                chunk = bytes(message.get("body", b""))
+                reply.chunks.append(chunk)
+                reply.body += chunk
+                reply.complete = not message.get("more_body", False)
+
+        route, _, query = path.partition("?")
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": method,
+            "path": route,
+            "raw_path": route.encode(),
+            "root_path": "",
+            "query_string": query.encode(),
+            "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in (headers or {}).items()],
+        }
+        await self.application(scope, receive, send)
+        return reply

@@ -112,7 +112,7 @@ def test_a_full_queue_turns_calls_away_with_a_time_to_come_back():
 
 def test_a_call_that_cannot_start_in_time_ends_with_504():
     async def story():
-        world = await World().start(version("cat"), version("dog", timeout_s=2.0))
+        world = await World().start(version("cat"), version("dog", patience_s=2.0))
         world.behave("cat@1", load_s=0.0, inference_s=10.0)
         world.control.submit("cat", b"long")
         late = world.control.submit("dog", b"late")
@@ -140,7 +140,7 @@ def test_a_callers_own_deadline_ends_a_call_that_already_runs():
 
 def test_a_caller_cannot_ask_for_more_time_than_the_function_has():
     async def story():
-        world = await World().start(version("cat"), version("dog", timeout_s=1.0))
+        world = await World().start(version("cat"), version("dog", patience_s=1.0))
         world.behave("cat@1", load_s=0.0, inference_s=10.0)
         world.control.submit("cat", b"long")
         late = world.control.submit("dog", b"late", timeout_s=3600.0)
@@ -463,20 +463,20 @@ def test_what_functions_print_is_kept_and_can_be_followed():
     async def story():
         world = await World().start(version("cat"))
         world.node.log("cat@1", "before")
-        seen = []
+        seen: list[str] = []
 
         async def follow():
-            async for line in world.control.logbook.follow("cat"):
-                seen.append(line.text)
+            seen.extend([line.text async for line in world.control.logbook.follow("cat")])
 
         follower = asyncio.create_task(follow())
         await world.advance(0.0)
         world.node.log("cat@1", "after")
         world.node.log("dog@1", "not ours")
         await world.advance(0.0)
-        assert seen == ["before", "after"]
+        assert not follower.done()
         world.control.logbook.close()
         await follower
+        assert seen == ["before", "after"]
 
     run(story)
 

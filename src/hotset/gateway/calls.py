@@ -45,7 +45,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
     record: CallRecord
     content_type: str = "application/json"
-    body: bytes = b""
+    body: bytes | memoryview = b""
     retry_after_s: float | None = None
     chunks: Chunks | None = None
 
@@ -59,12 +59,12 @@ class Chunks:
 
     def __init__(self) -> None:
         self.buffered_bytes = 0
-        self._chunks: deque[bytes] = deque()
+        self._chunks: deque[bytes | memoryview] = deque()
         self._ended = False
         self._error: str | None = None
         self._reader: asyncio.Future[None] | None = None
 
-    def put(self, chunk: bytes) -> None:
+    def put(self, chunk: bytes | memoryview) -> None:
         if chunk:
             self._chunks.append(chunk)
             self.buffered_bytes += len(chunk)
@@ -79,7 +79,7 @@ class Chunks:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def __aiter__(self) -> AsyncIterator[bytes | memoryview]:
         while True:
             while self._chunks:
                 chunk = self._chunks.popleft()

@@ -203,7 +203,7 @@ class Control:
     ) -> PendingCall:
         """Hand in a call; its ``future`` gets the ``Result``, whatever happens. ``KeyError``: no such function.
 
-        ``timeout_s`` is the time the caller gives it, running included; the function's own is the upper bound.
+        ``timeout_s`` is the time the caller gives it, running included; ``VersionSpec.patience_s`` is the upper bound.
         ``receive`` (ASGI) is watched for the client's leaving once the call takes long.
         """
         version = self.functions.current[function]
@@ -217,8 +217,8 @@ class Control:
         if not self.accepting:
             self._reject(pending, RejectReason.SHUTTING_DOWN, SHUTTING_DOWN)
             return pending
-        deadline_s = now_s + version.spec.timeout_s
-        if timeout_s is not None and timeout_s < version.spec.timeout_s:
+        deadline_s = now_s + version.spec.patience_s
+        if timeout_s is not None and timeout_s < version.spec.patience_s:
             deadline_s = pending.expires_s = now_s + timeout_s
         if not self._looking:
             self._looking = True
@@ -412,7 +412,7 @@ class Control:
             return  # its client left
         record = pending.record(answer.status, self._now(), answer.inference_s)
         chunks = pending.chunks
-        body = bytes(answer.body)  # copies only what lies in a shared slot, which is used again after this call
+        body = answer.body  # may lie in a slot shared with the process, which is free again once this view is gone
         if answer.final:
             if chunks is not None:
                 chunks.put(body)

@@ -19,8 +19,8 @@ class VersionSpec(msgspec.Struct, frozen=True, kw_only=True):
     """``launch.model`` is the version's name everywhere: ``function@digest``."""
     scheduled: Model | None
     """How the scheduler sees it; None: a plain function, which runs on the CPU pool and needs no GPU."""
-    timeout_s: float = 60.0
-    """Longest a call may wait for its run to begin, and the bound of what a caller may ask for."""
+    patience_s: float = 360.0
+    """Longest a call may wait for its run to begin (a load and a run of its model's, say); callers may ask for less."""
 
 
 class Version:

@@ -17,7 +17,7 @@ STATUS: dict[RejectReason, int] = {
     RejectReason.REMOVED: 404,
     RejectReason.FAILED: 502,
 }
-"""TOO_LARGE is a model that fits no GPU (507, Insufficient Storage); a body over the limit is a 413 of the front door's."""
+"""TOO_LARGE is a model that fits no GPU (507, Insufficient Storage); a body over the limit is 413 and never a call."""
 
 CLIENT_CLOSED = 499
 """Nobody reads it: the client left first. The figure that nginx logs for it, so dashboards know it."""
