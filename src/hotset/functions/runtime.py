@@ -1,0 +1,232 @@
+"""What a GPU process holds: one function, from load to unload, answering calls.
+
+A function's own exception is an answer (status 500); so is a body that does not fit (400). Nothing but the exit of the
+process (``SystemExit``, ``KeyboardInterrupt``) leaves ``call``; only ``load`` and ``unload`` raise.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from hotset.errors import FunctionError, InputError
+from hotset.functions.codecs import JSON, Body
+from hotset.functions.encoding import StreamFormat, stream_format, to_json
+from hotset.functions.inspection import signature_of
+
+
+class Call(msgspec.Struct, frozen=True, gc=False):
+    """One request, as ``call_batch`` takes it."""
+
+    body: Body
+    content_type: str = JSON
+    accept: str = "*/*"
+
+
+class Stream:
+    """The chunks of a streamed answer, encoded, one for each item that ``predict`` yields.
+
+    ``close`` ends the function's generator at once (the client left). ``error``: what ``predict`` raised midway, after
+    the error event was given as the last chunk.
+    """
+
+    def __init__(self, first: bytes, rest: Iterator[Any], form: StreamFormat, name: str) -> None:
+        self.error: Exception | None = None
+        self._first: bytes | None = first
+        self._rest = rest
+        self._form = form
+        self._name = name
+        self._over = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._first is not None:
+            chunk, self._first = self._first, None
+            return chunk
+        if self._over:
+            raise StopIteration
+        try:
+            return self._form.item(next(self._rest))
+        except StopIteration:
+            self._over = True
+            raise
+        except Exception as error:  # noqa: BLE001 - the function's own; it becomes the stream's last event
+            _log(error, self._name)
+            self.close()
+            self.error = error
+            return self._form.error(_error_body(error))
+
+    def close(self) -> None:
+        self._over, self._first = True, None
+        close = getattr(self._rest, "close", None)
+        if close is not None:
+            try:
+                close()
+            except Exception as error:  # noqa: BLE001 - nobody is left to tell but the log
+                _log(error, self._name)
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to one call."""
+
+    status: int = 200
+    """200; 400: the body does not fit (JSON, names the field); 500: the function raised (JSON)."""
+    content_type: str = JSON
+    body: bytes = b""
+    stream: Stream | None = None
+    """The chunks of a streamed answer, in place of ``body``; read it to its end or ``close`` it."""
+    error: Exception | None = None
+    """What was raised, so that a worker can tell a device failure from a plain mistake."""
+
+
+class Runtime:
+    """One function in one process. Calls come one at a time, after ``load``.
+
+    ``target``: the decorated class or function (``loading.load_entry``). ``device``: ``"cpu"``, ``"cuda:0"``, ...
+    Raises ``FunctionError`` when the target breaks the contract.
+    """
+
+    def __init__(self, target: Callable[..., Any], device: str = "cpu") -> None:
+        self.signature = signature_of(target)
+        self.device = device
+        self.instance: Any = None
+        """The object whose ``load`` was called; None before ``load`` and for a plain function."""
+        self._target = target
+        self._predict: Callable[..., Any] | None = None
+
+    def load(self) -> None:
+        """Make the object and call its ``load(device)``; what they raise passes through."""
+        if not inspect.isclass(self._target):
+            self._predict = self._target
+            return
+        try:
+            inspect.signature(self._target).bind()
+        except TypeError:
+            raise FunctionError(
+                f"{self._target.__name__} needs arguments to be made; take none in __init__ and load weights in load"
+            ) from None
+        self.instance = self._target()
+        load = getattr(self.instance, "load", None)
+        if load is not None:
+            load(self.device)
+        self._predict = self.instance.predict
+
+    def unload(self) -> None:
+        """Call ``unload`` where there is one and let go of the object."""
+        instance, self.instance, self._predict = self.instance, None, None
+        unload = getattr(instance, "unload", None)
+        if unload is not None:
+            unload()
+
+    @property
+    def predict(self) -> Callable[..., Any]:
+        """The function's own ``predict``, bound; raises ``FunctionError`` before ``load``."""
+        if self._predict is None:
+            raise FunctionError(f"{self.signature.name} is not loaded; call load() first")
+        return self._predict
+
+    def call(self, body: Body, content_type: str = JSON, accept: str = "*/*") -> Outcome:
+        """Answer one request. ``body``: bytes or a memoryview of bytes, free to be used again when this returns."""
+        signature = self.signature
+        try:
+            arguments = signature.decode(body, content_type)
+            if signature.streaming:
+                return self._stream(arguments, accept)
+            if signature.batched:
+                result = signature.call_batch(self.predict, [arguments])[0]
+            else:
+                result = signature.call(self.predict, arguments)
+            return _success(signature.encode(result, accept))
+        except Exception as error:  # noqa: BLE001 - a function may raise anything; it is that request's answer
+            return self._failure(error)
+
+    def call_batch(self, calls: Sequence[Call]) -> list[Outcome]:
+        """Answer several requests, in order: in one ``predict`` where the function batches, else one by one.
+
+        A body that does not fit fails alone. When the joined ``predict`` raises, each request runs again by itself, so
+        that only those to blame fail.
+        """
+        if not self.signature.batched or len(calls) == 1:
+            return [self.call(call.body, call.content_type, call.accept) for call in calls]
+        outcomes: list[Outcome | None] = [None] * len(calls)
+        items: list[tuple[Any, ...]] = []
+        places: list[int] = []
+        for place, call in enumerate(calls):
+            try:
+                items.append(self.signature.decode(call.body, call.content_type))
+                places.append(place)
+            except Exception as error:  # noqa: BLE001 - InputError, or a bug that must not cost the others their answer
+                outcomes[place] = self._failure(error)
+        for place, outcome in zip(places, self._joined(items, [calls[place].accept for place in places]), strict=True):
+            outcomes[place] = outcome
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def _joined(self, items: list[tuple[Any, ...]], accepts: list[str]) -> list[Outcome]:
+        if not items:
+            return []
+        try:
+            results = self.signature.call_batch(self.predict, items)
+        except Exception as error:  # noqa: BLE001 - as in call
+            if len(items) == 1:
+                return [self._failure(error)]
+            return [self._joined([item], [accept])[0] for item, accept in zip(items, accepts, strict=True)]
+        return [self._encoded(result, accept) for result, accept in zip(results, accepts, strict=True)]
+
+    def _encoded(self, result: Any, accept: str) -> Outcome:
+        try:
+            return _success(self.signature.encode(result, accept))
+        except Exception as error:  # noqa: BLE001 - as in call
+            return self._failure(error)
+
+    def _stream(self, arguments: tuple[Any, ...], accept: str) -> Outcome:
+        """The first item is computed before the status is decided: a function that fails at once answers 500."""
+        form = stream_format(accept)
+        items = iter(self.signature.call(self.predict, arguments))
+        first = b""
+        for item in items:
+            first = form.item(item)
+            break
+        return Outcome(content_type=form.content_type, stream=Stream(first, items, form, self.signature.name))
+
+    def _failure(self, error: Exception) -> Outcome:
+        if isinstance(error, InputError):
+            body = to_json({"error": str(error), "field": error.field})
+            return Outcome(status=400, body=body, error=error)
+        _log(error, self.signature.name)
+        return Outcome(status=500, body=to_json(_error_body(error)), error=error)
+
+
+def _success(encoded: Any) -> Outcome:
+    return Outcome(content_type=encoded.content_type, body=encoded.body)
+
+
+def _error_body(error: Exception) -> dict[str, Any]:
+    """What a client learns of an exception: never the traceback, which names the server's files."""
+    text = str(error).encode("utf-8", "replace").decode()
+    return {"error": text or type(error).__name__, "type": type(error).__name__}
+
+
+def _log(error: Exception, name: str) -> None:
+    """The traceback to the function's log (stderr), from the first frame of the function's own code."""
+    own = error.__traceback__
+    while (
+        own is not None
+        and own.tb_next is not None
+        and own.tb_frame.f_globals.get("__name__", "").startswith(__package__)
+    ):
+        own = own.tb_next
+    lines = traceback.format_exception(type(error), error, own)
+    sys.stderr.write(f"{name}: predict failed\n{''.join(lines)}")
+    sys.stderr.flush()
+
+
+def _is_ours(frame: TracebackType) -> bool:
+    return str(frame.tb_frame.f_globals.get("__name__", "")).startswith("hotset.functions.")
