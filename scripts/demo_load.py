@@ -1,0 +1,143 @@
+"""The demo's load: open-loop Poisson arrivals over functions of Zipf popularity, and what was measured."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+
+DRAIN_WITHIN_S = 45.0
+"""Longest wait for answers after the last arrival; what has not come by then has failed."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One call to be made: when (from the start of the load), which function (by rank), which of its inputs."""
+
+    at_s: float
+    function: int
+    call: int
+
+
+def arrivals(calls: Sequence[int], rate: float, seconds: float, seed: int) -> list[Arrival]:
+    """Poisson arrivals, ``rate`` a second; the function of rank k is called in proportion to 1/k (Zipf, exponent 1).
+
+    ``calls``: how many different inputs each function has, by rank. Equal arguments give equal arrivals.
+    """
+    dice = random.Random(seed)
+    weights = [1 / rank for rank in range(1, len(calls) + 1)]
+    schedule: list[Arrival] = []
+    at_s = dice.expovariate(rate)
+    while at_s < seconds:
+        function = dice.choices(range(len(calls)), weights)[0]
+        schedule.append(Arrival(at_s, function, dice.randrange(calls[function])))
+        at_s += dice.expovariate(rate)
+    return schedule
+
+
+@dataclass
+class LoadReport:
+    """What came back. Latencies count from the moment a call was due, so a client that lags hides nothing."""
+
+    policy: str
+    failed: int = 0
+    hits: int = 0
+    misses: int = 0
+    latencies_s: list[float] = field(default_factory=list)
+    loads_s: list[float] = field(default_factory=list)
+
+    @property
+    def requests(self) -> int:
+        """Calls that were answered with 200."""
+        return len(self.latencies_s)
+
+    @property
+    def mean_latency_s(self) -> float:
+        return float(np.mean(self.latencies_s)) if self.latencies_s else 0.0
+
+    @property
+    def p50_latency_s(self) -> float:
+        return self._percentile(50)
+
+    @property
+    def p95_latency_s(self) -> float:
+        return self._percentile(95)
+
+    @property
+    def miss_ratio(self) -> float:
+        """Misses per answered call."""
+        return self.misses / max(1, self.hits + self.misses)
+
+    @property
+    def mean_load_s(self) -> float:
+        """Mean time that a miss spent loading its model."""
+        return float(np.mean(self.loads_s)) if self.loads_s else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Counts and summary figures, without the single latencies."""
+        figures = {name: value for name, value in asdict(self).items() if not isinstance(value, list)}
+        names = ("requests", "mean_latency_s", "p50_latency_s", "p95_latency_s", "miss_ratio", "mean_load_s")
+        return figures | {name: getattr(self, name) for name in names}
+
+    def _percentile(self, q: float) -> float:
+        return float(np.percentile(self.latencies_s, q)) if self.latencies_s else 0.0
+
+
+async def drive(
+    policy: str,
+    url: str,
+    showcases: Sequence[Any],
+    schedule: Sequence[Arrival],
+    show: Callable[[LoadReport], None],
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> LoadReport:
+    """Make every call when it is due, whatever has become of the earlier ones, and report; ``show`` after each answer.
+
+    ``transport``: in place of the network, for tests.
+    """
+    report = LoadReport(policy)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits, transport=transport) as client:
+        started = time.perf_counter()
+
+        async def call(arrival: Arrival) -> None:
+            showcase = showcases[arrival.function]
+            body = showcase.calls[arrival.call]
+            headers = {"Content-Type": body.content_type, "X-Hotset-Timeout": str(DRAIN_WITHIN_S)}
+            try:
+                response = await client.post(f"/function/{showcase.name}", content=body.body, headers=headers)
+            except httpx.TransportError:
+                report.failed += 1
+                return
+            _note(report, response, time.perf_counter() - started - arrival.at_s)
+            show(report)
+
+        waiting = []
+        for arrival in schedule:
+            await asyncio.sleep(max(0.0, started + arrival.at_s - time.perf_counter()))
+            waiting.append(asyncio.create_task(call(arrival)))
+        if waiting:
+            _, late = await asyncio.wait(waiting, timeout=DRAIN_WITHIN_S)
+            report.failed += len(late)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+    return report
+
+
+def _note(report: LoadReport, response: httpx.Response, latency_s: float) -> None:
+    if response.status_code != 200:
+        report.failed += 1
+        return
+    report.latencies_s.append(latency_s)
+    if response.headers.get("X-Hotset-Cache") == "hit":
+        report.hits += 1
+    else:
+        report.misses += 1
+        report.loads_s.append(float(response.headers.get("X-Hotset-Load-Seconds", "0")))
