@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import errno
 import gzip
+import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hotset.errors import ConfigurationError, UnknownNameError
 from hotset.simulation.traces import FORMATS, open_trace
 from hotset.simulation.traces.azure2019 import Azure2019, Spread
+from hotset.simulation.traces.azure2021 import Azure2021
 from hotset.simulation.traces.gentd26 import UNNAMED_MODEL, GenTD26, Rows
 from hotset.simulation.traces.replay import Replay, Timing, replay, with_shares_of
 from hotset.simulation.traces.trace import Trace, Window
@@ -141,6 +146,36 @@ class TestAzure2021:
         assert [a.time_s for a in replayed("azure2021.csv", start_minute=0.5, minutes=1)] == [4.5]
         assert [use.requests for use in small("azure2021.csv").functions(Window(0, 30))] == [2, 1, 1]
 
+    def test_a_long_trace_is_never_held_in_memory(self, tmp_path: Path) -> None:
+        path = tmp_path / "long.csv"
+        with path.open("w") as stream:
+            stream.write("app,func,end_timestamp,duration\n")
+            stream.writelines(f"a,f{row % 7},{100 + row * 0.1:.1f},{row * 37 % 50}\n" for row in range(10_000))
+
+        tracemalloc.start()
+        try:
+            count = sum(1 for _ in replay(open_trace(path)).arrivals(seed=0))
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+
+        assert count == 10_000
+        assert peak_bytes < 500_000, "500 invocations at a time are out of order; all 10,000 take 1.5 MB"
+
+    @given(ends=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=30))
+    def test_whatever_the_order_of_the_rows_arrivals_come_sorted_and_none_is_lost(
+        self, ends: list[tuple[int, int]]
+    ) -> None:
+        class InMemory(Azure2021):
+            def rows(self) -> Iterator[Arrival]:
+                return (Arrival(float(end - duration), "f", float(duration)) for end, duration in ends)
+
+        arrivals = list(replay(InMemory(Path("memory"))).arrivals(seed=0))
+        first = min(end - duration for end, duration in ends)
+
+        assert [arrival.time_s for arrival in arrivals] == sorted(end - duration - first for end, duration in ends)
+        assert Counter(a.inference_s for a in arrivals) == Counter(duration for _, duration in ends)
+
 
 class TestGenTD26:
     def test_models_are_functions_and_users_callers(self) -> None:
@@ -212,6 +247,14 @@ class TestScaling:
 
         assert [arrival.time_s for arrival in arrivals] == pytest.approx([0, 288, 576, 864, 1152])
         assert [arrival.function for arrival in arrivals] == ["M0", "M1", "M0", "M2", UNNAMED_MODEL]
+
+    def test_a_trace_of_one_moment_has_no_rate_to_scale(self, tmp_path: Path) -> None:
+        path = tmp_path / "moment.csv"
+        path.write_text("app,func,end_timestamp,duration\na,f,9,1\n")
+
+        assert [arrival.time_s for arrival in replay(open_trace(path)).arrivals(0)] == [0.0]
+        with pytest.raises(ConfigurationError, match="no length to scale"):
+            replay(open_trace(path), Replay(rate_per_minute=10))
 
     def test_every_function_gets_its_number_exactly_whatever_the_phase(self) -> None:
         for phase in (0.0, 0.31, 0.999):

@@ -82,6 +82,14 @@ def test_a_broken_row_or_header_is_named(content: str, line: int, expected: str,
     assert expected in error.expected
 
 
+def test_a_version_that_this_hotset_cannot_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "future.ndjson"
+    path.write_text('{"hotset_trace":2}\n{"arrival_s":1,"function":"f"}\n')
+
+    with pytest.raises(TraceError, match=r'line 1: expected \{"hotset_trace":1\}'):
+        open_trace(path, "hotset").functions(Window())
+
+
 def test_a_row_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     error = complaint(tmp_path / "latin.csv", A21.encode() + b"a,f,1,1\na,caf\xe9,2,1\n")
 

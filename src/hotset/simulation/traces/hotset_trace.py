@@ -146,7 +146,7 @@ class TraceWriter:
 class TraceRecorder:
     """Records a live server: requests are written in order of arrival, each once it and all before it have ended.
 
-    Memory grows with the requests that are in the system, not with those that were.
+    Memory grows with the requests that came since the oldest one still in the system, not with all that ever did.
     """
 
     def __init__(self, writer: TraceWriter) -> None:

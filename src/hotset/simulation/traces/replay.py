@@ -133,6 +133,8 @@ def replay(trace: Trace, how: Replay | None = None, popularity: Popularity | Non
     if how.rate_per_minute is None:
         requests, even_rate = recorded, None
     else:
+        if minutes == 0:
+            raise ConfigurationError("the trace has no length to scale to a rate: all its requests come at one moment")
         requests = apportion(recorded, math.ceil(how.rate_per_minute * minutes))
         even = trace.per_minute if how.timing is None else how.timing is Timing.EVEN
         even_rate = how.rate_per_minute if even else None
