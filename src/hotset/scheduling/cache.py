@@ -7,7 +7,7 @@ is decided, so the account never exceeds the capacity, whatever the world does m
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -81,7 +81,7 @@ class CacheManager:
     def is_resident(self, gpu_id: str, model: str) -> bool:
         return model in self._memories[gpu_id].residents
 
-    def holders(self, model: str) -> Iterable[str]:
+    def holders(self, model: str) -> Collection[str]:
         """GPU ids that hold the model (HOT or LOADING), in the order they got it."""
         return self._holders.get(model, ())
 

@@ -7,11 +7,9 @@ decision looks at a few GPUs, not at all of them.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from heapq import heapify, heappop, heappush
-
-import msgspec
 
 from hotset.scheduling.cache import CacheManager, GpuMemory
+from hotset.scheduling.holders import HolderIndex
 from hotset.scheduling.profiles import Profiles
 from hotset.scheduling.queue import Entry, GlobalQueue
 from hotset.vocabulary import Gpu, Model
@@ -39,6 +37,7 @@ class GpuState:
         "busy_until_s",
         "gpu",
         "gpu_id",
+        "idle_rank",
         "index",
         "kind",
         "local_backlog_s",
@@ -62,7 +61,9 @@ class GpuState:
         self.local_backlog_s = 0.0
         """Estimated inference time of the local queue."""
         self.stamp = 0
-        """Version of the finish estimate; older entries of the finish index are stale."""
+        """Version of what the holder index knows of it; older records are stale."""
+        self.idle_rank = 0
+        """Order of becoming idle: the lowest of two idle GPUs has been idle longer."""
 
     @property
     def finish_s(self) -> float:
@@ -70,53 +71,10 @@ class GpuState:
         return self.busy_until_s + self.local_backlog_s
 
 
-class _FinishRecord(msgspec.Struct, order=True, gc=False):
-    finish_s: float
-    index: int
-    stamp: int
-
-
-class FinishIndex:
-    """Per model, the busy GPUs that hold it, by estimated finish: heaps with stale records dropped when met.
-
-    Overdue GPUs are ordered by their overdue estimates, which is the order of their real finish as far as anyone knows.
-    """
-
-    def __init__(self, gpus: dict[int, GpuState]) -> None:
-        self._gpus = gpus
-        self._heaps: dict[str, list[_FinishRecord]] = {}
-
-    def update(self, gpu: GpuState) -> None:
-        """The GPU's finish estimate, or what it holds, changed."""
-        gpu.stamp += 1
-        record = _FinishRecord(gpu.finish_s, gpu.index, gpu.stamp)
-        for model in gpu.memory.residents:
-            heap = self._heaps.get(model)
-            if heap is None:
-                heap = self._heaps[model] = []
-            elif len(heap) > 256:
-                heap[:] = [old for old in heap if self._valid(old, model)]
-                heapify(heap)
-            heappush(heap, record)
-
-    def earliest(self, model: str) -> GpuState | None:
-        """The busy holder that is expected to be done first."""
-        heap = self._heaps.get(model)
-        while heap:
-            if self._valid(heap[0], model):
-                return self._gpus[heap[0].index]
-            heappop(heap)
-        return None
-
-    def _valid(self, record: _FinishRecord, model: str) -> bool:
-        gpu = self._gpus.get(record.index)
-        return gpu is not None and gpu.stamp == record.stamp and gpu.work is not None and model in gpu.memory.residents
-
-
 class Cluster:
     """Everything a policy may look at."""
 
-    def __init__(self, cache: CacheManager, profiles: Profiles, *, local_queues: bool) -> None:
+    def __init__(self, cache: CacheManager, profiles: Profiles) -> None:
         self.cache = cache
         self.profiles = profiles
         self.queue = GlobalQueue()
@@ -124,29 +82,27 @@ class Cluster:
         self.gpus: dict[str, GpuState] = {}
         self.idle: OrderedDict[GpuState, None] = OrderedDict()
         """GPUs with nothing to do, the one idle longest first."""
-        self._idle_holders: dict[str, OrderedDict[GpuState, None]] = {}
-        self._by_index: dict[int, GpuState] = {}
+        self._holders = HolderIndex(cache, self.gpus)
         self._joined = 0
-        self._finish = FinishIndex(self._by_index) if local_queues else None
+        self._idle_ranks = 0
 
     # What policies ask
 
     def first_idle(self, model: str | None = None) -> GpuState | None:
         """The GPU idle longest; with a model: the first on which it fits (a scan only where GPUs differ in size)."""
+        need_bytes = 0 if model is None else self.models[model].memory_bytes
         for gpu in self.idle:
-            if model is None or gpu.memory.capacity_bytes >= self.models[model].memory_bytes:
+            if gpu.memory.capacity_bytes >= need_bytes:
                 return gpu
         return None
 
     def idle_holder(self, model: str) -> GpuState | None:
         """The idle GPU that holds the model; of several, the one idle longest."""
-        holders = self._idle_holders.get(model)
-        return next(iter(holders)) if holders else None
+        return self._holders.idle_longest(model)
 
     def earliest_holder(self, model: str) -> GpuState | None:
-        """The busy holder of the model with the least estimated finish time (policies with local queues only)."""
-        assert self._finish is not None
-        return self._finish.earliest(model)
+        """The busy holder of the model with the least estimated finish time."""
+        return self._holders.earliest(model)
 
     def first_waiting_hit(self, gpu: GpuState) -> Entry | None:
         """The oldest waiting request whose model is resident on this GPU.
@@ -181,51 +137,47 @@ class Cluster:
         self._joined += 1
         state = GpuState(gpu, self._joined, self.cache.add_gpu(gpu.gpu_id, gpu.memory_bytes))
         self.gpus[gpu.gpu_id] = state
-        self._by_index[state.index] = state
+        self._holders.joined(state)
         self.set_idle(state)
         return state
 
     def leave(self, gpu_id: str) -> GpuState:
         gpu = self.gpus.pop(gpu_id)
-        del self._by_index[gpu.index]
-        if gpu in self.idle:
-            self._unlist(gpu)
+        self.idle.pop(gpu, None)
+        self._holders.left(gpu)
         self.cache.drop_gpu(gpu_id)
         return gpu
 
     def set_idle(self, gpu: GpuState) -> None:
         gpu.work = None
-        gpu.stamp += 1
+        self._idle_ranks += 1
+        gpu.idle_rank = self._idle_ranks
         self.idle[gpu] = None
-        holders = self._idle_holders
-        for model in gpu.memory.residents:
-            listed = holders.get(model)
-            if listed is None:
-                listed = holders[model] = OrderedDict()
-            listed[gpu] = None
+        self._holders.became_idle(gpu)
 
-    def set_busy(self, gpu: GpuState) -> None:
-        """Take an idle GPU off the idle lists; the caller gives it work and then calls ``finish_changed``."""
-        if gpu in self.idle:
-            self._unlist(gpu)
+    def set_busy(self, gpu: GpuState, work: Work, busy_until_s: float) -> None:
+        """The GPU starts something (or goes on from a load to its run), expected to end then."""
+        gpu.work = work
+        gpu.busy_until_s = busy_until_s
+        self.idle.pop(gpu, None)
+        self._holders.became_busy(gpu)
 
-    def finish_changed(self, gpu: GpuState) -> None:
-        if self._finish is not None:
-            self._finish.update(gpu)
+    def add_local(self, gpu: GpuState, entry: Entry) -> None:
+        """Put a request at the end of a busy GPU's local queue."""
+        entry.gpu_id = gpu.gpu_id
+        entry.local_cost_s = self.inference_s(entry.model, gpu)
+        gpu.local_queue.append(entry)
+        gpu.local_backlog_s += entry.local_cost_s
+        self._holders.became_busy(gpu)
+
+    def remove_local(self, gpu: GpuState, entry: Entry) -> None:
+        """Take a request out of a GPU's local queue, from wherever it stands."""
+        gpu.local_queue.remove(entry)
+        gpu.local_backlog_s = gpu.local_backlog_s - entry.local_cost_s if gpu.local_queue else 0.0
+        if gpu.work is not None:
+            self._holders.became_busy(gpu)
 
     def drop_resident(self, gpu: GpuState, model: str) -> None:
         """The model left this GPU's memory."""
-        listed = self._idle_holders.get(model)
-        if listed is not None:
-            listed.pop(gpu, None)
-            if not listed:
-                del self._idle_holders[model]
+        self._holders.dropped(gpu, model)
         self.cache.drop(gpu.memory, model)
-
-    def _unlist(self, gpu: GpuState) -> None:
-        del self.idle[gpu]
-        for model in gpu.memory.residents:
-            listed = self._idle_holders[model]
-            del listed[gpu]
-            if not listed:
-                del self._idle_holders[model]

@@ -42,7 +42,7 @@ class Quarantine:
 
     def remaining_s(self, model: str, now_s: float) -> float:
         """Seconds until the model may be tried again; 0: now."""
-        record = self._records.get(model)
+        record = self._records.get(model) if self._records else None
         return max(record.until_s - now_s, 0.0) if record is not None else 0.0
 
     def reason(self, model: str) -> str:

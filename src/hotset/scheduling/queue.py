@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Iterator
 from enum import Enum
 
+import msgspec
+
 from hotset.vocabulary import Request
 
 
@@ -28,41 +30,26 @@ class Place(Enum):
     """On a GPU: loading or running."""
 
 
-class Entry:
+class Entry(msgspec.Struct, gc=False, eq=False):
     """A request on its way through the scheduler."""
 
-    __slots__ = (
-        "attempts",
-        "avoid_gpu",
-        "cancelled",
-        "gpu_id",
-        "in_fifo",
-        "local_cost_s",
-        "model",
-        "place",
-        "request",
-        "seq",
-        "skipped_over",
-    )
-
-    def __init__(self, request: Request, seq: int) -> None:
-        self.request = request
-        self.model = request.model
-        self.seq = seq
-        """Order of arrival; ties in time break by it."""
-        self.place = Place.QUEUED
-        self.attempts = 0
-        self.avoid_gpu = ""
-        """The GPU whose process died with this request (a retry goes elsewhere if it can)."""
-        self.cancelled = False
-        """Ended early while on a GPU: its client left or its deadline passed."""
-        self.gpu_id = ""
-        """The GPU it is on, or whose local queue it is in."""
-        self.local_cost_s = 0.0
-        """What it adds to that local queue's estimate."""
-        self.in_fifo = False
-        self.skipped_over = False
-        """It left the queue past older requests; its hole counts as one skip of each of them."""
+    request: Request
+    model: str
+    seq: int
+    """Order of arrival; ties in time break by it."""
+    place: Place = Place.QUEUED
+    attempts: int = 0
+    avoid_gpu: str = ""
+    """The GPU whose process died with this request (a retry goes elsewhere if it can)."""
+    cancelled: bool = False
+    """Ended early while on a GPU: its client left or its deadline passed."""
+    gpu_id: str = ""
+    """The GPU it is on, or whose local queue it is in."""
+    local_cost_s: float = 0.0
+    """What it adds to that local queue's estimate."""
+    in_fifo: bool = False
+    skipped_over: bool = False
+    """It left the queue past older requests; its hole counts as one skip of each of them."""
 
 
 def _by_seq(entry: Entry) -> int:
@@ -75,12 +62,11 @@ class GlobalQueue:
     def __init__(self) -> None:
         self._fifo: deque[Entry] = deque()
         self._by_model: dict[str, deque[Entry]] = {}
-        self._waiting = 0
-        self._skip_holes = 0
+        self.waiting = 0
+        """How many requests wait (read only)."""
+        self.skips_of_head = 0
+        """How often the oldest waiting request was passed over by a younger one (read only)."""
         self._holes = 0
-
-    def __len__(self) -> int:
-        return self._waiting
 
     def push(self, entry: Entry) -> None:
         entry.place = Place.QUEUED
@@ -91,7 +77,7 @@ class GlobalQueue:
             self._by_model[entry.model] = deque((entry,))
         else:
             line.append(entry)
-        self._waiting += 1
+        self.waiting += 1
 
     def give_back(self, entries: list[Entry]) -> None:
         """Take back requests that had left the queue (their GPU was lost), before everyone of their model.
@@ -107,13 +93,13 @@ class GlobalQueue:
                 self._fifo.appendleft(entry)
             entry.place = Place.QUEUED
             self._by_model.setdefault(entry.model, deque()).appendleft(entry)
-            self._waiting += 1
+            self.waiting += 1
 
     def take(self, entry: Entry, place: Place, *, skips: bool) -> None:
         """Remove a waiting request. ``skips``: it passed over older ones, and each of those counts it."""
         entry.place = place
         entry.skipped_over = skips
-        self._waiting -= 1
+        self.waiting -= 1
         line = self._by_model[entry.model]
         if line[0] is entry:
             line.popleft()
@@ -127,19 +113,14 @@ class GlobalQueue:
             self._drop_leading_holes()
         else:
             if skips:
-                self._skip_holes += 1
+                self.skips_of_head += 1
             self._holes += 1
-            if self._holes > 64 and self._holes > 4 * self._waiting:
+            if self._holes > 64 and self._holes > 4 * self.waiting:
                 self._compact()
 
     def head(self) -> Entry | None:
         """The oldest waiting request."""
-        return self._fifo[0] if self._waiting else None
-
-    @property
-    def skips_of_head(self) -> int:
-        """How often the oldest request was passed over by a younger one."""
-        return self._skip_holes
+        return self._fifo[0] if self.waiting else None
 
     def first_of(self, model: str) -> Entry | None:
         """The oldest waiting request for this model."""
@@ -169,7 +150,7 @@ class GlobalQueue:
     def _forget_hole(self, entry: Entry) -> None:
         self._holes -= 1
         if entry.skipped_over:
-            self._skip_holes -= 1
+            self.skips_of_head -= 1
             entry.skipped_over = False
 
     def _compact(self) -> None:

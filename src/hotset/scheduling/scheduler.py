@@ -64,8 +64,10 @@ class Scheduler:
         self.config = config or SchedulerConfig()
         self.profiles = Profiles()
         self.cache = CacheManager(eviction)
-        self.cluster = Cluster(self.cache, self.profiles, local_queues=policy.local_queues)
+        self.cluster = Cluster(self.cache, self.profiles)
         self.journal = Journal(self.config.journal_capacity)
+        self._burst_s = self.config.burst_s
+        self._journalling = self.config.journal_capacity > 0
         self.quarantine = Quarantine(self.config.quarantine)
         self._entries: dict[int, Entry] = {}
         self._deadlines: list[tuple[float, int, Entry]] = []
@@ -112,30 +114,30 @@ class Scheduler:
 
     def _request_arrived(self, event: RequestArrived, now_s: float) -> None:
         request = event.request
-        model = self.cluster.models.get(request.model)
+        name = request.model
         if request.request_id in self._entries:
             raise InvariantError(f"request {request.request_id} arrived twice")
         self._seq += 1
-        entry = Entry(request, self._seq)
-        if model is None or request.model in self._removed:
-            self._reject(entry, RejectReason.UNKNOWN_MODEL, f"no model {request.model!r} is deployed", now_s)
+        entry = Entry(request, name, self._seq)
+        if name not in self.cluster.models or name in self._removed:
+            self._reject(entry, RejectReason.UNKNOWN_MODEL, f"no model {name!r} is deployed", now_s)
             return
-        if self._too_large(request.model):
+        if self._too_large(name):
             self._reject_as_too_large(entry, now_s)
             return
-        pause_s = self.quarantine.remaining_s(request.model, now_s)
+        pause_s = self.quarantine.remaining_s(name, now_s)
         if pause_s:
             self._reject_quarantined(entry, pause_s, now_s)
             return
         config, queue = self.config, self.cluster.queue
-        if (config.max_queue is not None and len(queue) >= config.max_queue) or (
-            config.max_queue_per_model is not None and queue.waiting_for(request.model) >= config.max_queue_per_model
+        if (config.max_queue is not None and queue.waiting >= config.max_queue) or (
+            config.max_queue_per_model is not None and queue.waiting_for(name) >= config.max_queue_per_model
         ):
-            drain_s = len(queue) * self.profiles.typical_inference_s() / max(len(self.cluster.gpus), 1)
+            drain_s = queue.waiting * self.profiles.typical_inference_s() / max(len(self.cluster.gpus), 1)
             self._reject(
                 entry,
                 RejectReason.QUEUE_FULL,
-                f"{len(queue)} requests are waiting already: try again later",
+                f"{queue.waiting} requests are waiting already: try again later",
                 now_s,
                 retry_after_s=min(max(drain_s, 1.0), 60.0),
             )
@@ -175,10 +177,7 @@ class Scheduler:
             case Place.RETRY:
                 self._retries.remove(entry)
             case Place.LOCAL:
-                gpu = self.cluster.gpus[entry.gpu_id]
-                gpu.local_queue.remove(entry)
-                gpu.local_backlog_s -= entry.local_cost_s
-                self.cluster.finish_changed(gpu)
+                self.cluster.remove_local(self.cluster.gpus[entry.gpu_id], entry)
             case Place.ASSIGNED:
                 pass
         entry.cancelled = True
@@ -190,20 +189,16 @@ class Scheduler:
         if self._retries:
             self._dispatch_retries(now_s)
         queue, policy = cluster.queue, self.policy
-        while cluster.idle and len(queue):
+        while cluster.idle and queue.waiting:
             placement = policy.next_placement(cluster, now_s)
             if placement is None:
                 return
             entry, gpu = placement.entry, placement.gpu
             if placement.local:
                 queue.take(entry, Place.LOCAL, skips=placement.skips)
-                entry.gpu_id = gpu.gpu_id
-                entry.local_cost_s = cluster.inference_s(entry.model, gpu)
-                if self.journal.capacity:
+                if self._journalling:
                     self._note(entry, gpu, placement.rule, (), now_s)
-                gpu.local_queue.append(entry)
-                gpu.local_backlog_s += entry.local_cost_s
-                cluster.finish_changed(gpu)
+                cluster.add_local(gpu, entry)
             else:
                 queue.take(entry, Place.ASSIGNED, skips=placement.skips)
                 self._start(gpu, entry, placement.rule, now_s)
@@ -230,29 +225,26 @@ class Scheduler:
     def _start(self, gpu: GpuState, entry: Entry, rule: Rule, now_s: float) -> None:
         """Put a request on an idle GPU: run it if its model is there, else make room and load first."""
         cluster, model = self.cluster, entry.model
-        cluster.set_busy(gpu)
         entry.gpu_id = gpu.gpu_id
         entry.attempts += 1
         if model in gpu.memory.residents:
-            if self.journal.capacity:
+            if self._journalling:
                 self._note(entry, gpu, rule, (), now_s)
-            gpu.work = Work(model, [entry], hit=True, now_s=now_s)
-            self._run(gpu, gpu.work, now_s)
+            self._run(gpu, Work(model, [entry], hit=True, now_s=now_s), now_s)
             return
         memory_bytes = cluster.models[model].memory_bytes
         victims = self.cache.choose_victims(gpu.memory, memory_bytes, now_s)
         if victims is None:
             raise InvariantError(f"{self.policy.name} placed {model} on {gpu.gpu_id}, where it does not fit")
-        if self.journal.capacity:
+        if self._journalling:
             self._note(entry, gpu, rule, tuple(victim.model for victim in victims), now_s)
         for victim in victims:
             self._unload(gpu, victim.model)
             self.cache.evictions += 1
         false_miss = self.cache.copies(model) > 0
         self.cache.reserve(gpu.memory, model, memory_bytes, now_s).in_use = True
-        gpu.work = Work(model, [entry], hit=False, now_s=now_s)
-        gpu.busy_until_s = now_s + cluster.load_s(model, gpu) + cluster.inference_s(model, gpu)
-        cluster.finish_changed(gpu)
+        work = Work(model, [entry], hit=False, now_s=now_s)
+        cluster.set_busy(gpu, work, now_s + cluster.load_s(model, gpu) + cluster.inference_s(model, gpu))
         self._actions.append(Load(gpu.gpu_id, model, entry.request.request_id, false_miss))
 
     def _run(self, gpu: GpuState, work: Work, now_s: float) -> None:
@@ -260,18 +252,17 @@ class Scheduler:
         model, entries = work.model, work.entries
         self._join(gpu, model, entries)
         self.cache.use(gpu.memory, model, now_s)
-        gpu.busy_until_s = now_s + self.cluster.inference_s(model, gpu, len(entries))
-        self.cluster.finish_changed(gpu)
-        if self.journal.capacity:
+        self.cluster.set_busy(gpu, work, now_s + self.cluster.inference_s(model, gpu, len(entries)))
+        if self._journalling:
             for entry in entries:
                 self.journal.started(entry.request.request_id, now_s)
         self._actions.append(Run(gpu.gpu_id, model, tuple([entry.request.request_id for entry in entries]), work.hit))
 
     def _join(self, gpu: GpuState, model: str, entries: list[Entry]) -> None:
         limit = self.cluster.models[model].max_batch
-        if self.config.burst_s:
+        if self._burst_s:
             one_s = self.cluster.inference_s(model, gpu)
-            limit = max(limit, min(self.config.max_burst, int(self.config.burst_s / one_s) if one_s else limit))
+            limit = max(limit, min(self.config.max_burst, int(self._burst_s / one_s) if one_s else limit))
         queue = self.cluster.queue
         while len(entries) < limit:
             entry = queue.first_of(model)
@@ -289,8 +280,8 @@ class Scheduler:
             self._unload(gpu, work.model)
         self.cluster.set_idle(gpu)
         if gpu.local_queue:
-            entry = gpu.local_queue.popleft()
-            gpu.local_backlog_s = gpu.local_backlog_s - entry.local_cost_s if gpu.local_queue else 0.0
+            entry = gpu.local_queue[0]
+            self.cluster.remove_local(gpu, entry)
             entry.place = Place.ASSIGNED
             self._start(gpu, entry, Rule.LOCAL_QUEUE, now_s)
 
@@ -320,7 +311,7 @@ class Scheduler:
         entries = work.entries
         for entry in entries:
             self._entries.pop(entry.request.request_id, None)
-        if self.journal.capacity:
+        if self._journalling:
             for entry in entries:
                 self.journal.finished(entry.request.request_id, now_s)
         self.profiles.observe_run(event.model, gpu.kind, len(entries), event.inference_s)
@@ -351,7 +342,6 @@ class Scheduler:
         if gpu is None or event.model not in gpu.memory.residents or gpu.memory.residents[event.model].in_use:
             return  # it was evicted, or is being reported as a failed run
         self.cluster.drop_resident(gpu, event.model)
-        self.cluster.finish_changed(gpu)
         if self.quarantine.failed(event.model, now_s, event.reason):
             self._reject_waiting(event.model, now_s)
 
@@ -406,7 +396,6 @@ class Scheduler:
             gpu = self.cluster.gpus[gpu_id]
             if not gpu.memory.residents[name].in_use:
                 self._unload(gpu, name)
-                self.cluster.finish_changed(gpu)
         self._forget_if_gone(name)
 
     def _gpu_joined(self, event: GpuJoined, now_s: float) -> None:
@@ -449,7 +438,7 @@ class Scheduler:
             self.cluster.models[name] = msgspec.structs.replace(model, memory_bytes=memory_bytes)
 
     def _too_large(self, name: str) -> bool:
-        return bool(self.cluster.gpus) and self.cluster.models[name].memory_bytes > self._largest_bytes
+        return self.cluster.models[name].memory_bytes > self._largest_bytes and bool(self.cluster.gpus)
 
     def _reject_too_large(self, now_s: float) -> None:
         """End the requests that no GPU can hold any more: a model proved larger, or the largest GPU was lost."""
@@ -492,7 +481,7 @@ class Scheduler:
     ) -> None:
         request = entry.request
         self._entries.pop(request.request_id, None)
-        if self.journal.capacity:
+        if self._journalling:
             self.journal.rejected(request.request_id, request.model, request.arrival_s, now_s, reason, message)
         self._actions.append(Reject(request.request_id, reason, message, retry_after_s))
 

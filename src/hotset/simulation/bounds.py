@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from heapq import heapreplace
 
+import msgspec
+
+from hotset.simulation.hardware import Hardware
 from hotset.simulation.sketch import LatencySketch
+from hotset.simulation.workloads import Arrival
 
 _GAP_SCALE = 100.0
 """Gaps are kept to within about 1 %, rounded down: the bound stays a bound."""
@@ -24,16 +28,17 @@ class AllResident:
         end_s = max(time_s, free[0]) + inference_s
         heapreplace(free, end_s)
         self.latency.add(end_s - time_s)
+        self.latency.fold(at_least=8192)
 
 
 class Clairvoyant:
     """Fewest misses of a cache as large as all GPU memories together that knows every arrival beforehand.
 
     With models of unequal size the exact optimum (Belady's) is NP-hard. This is the lower bound PFOO-L (Berger,
-    Beckmann, Harchol-Balter, "Practical Bounds on Optimal Caching with Variable Object Sizes", SIGMETRICS 2018): keeping
-    a model from one request to its next costs bytes x requests in between, and the cheapest intervals are kept until
-    capacity x requests is used up. It serves requests in order of arrival; a policy that groups the requests of one
-    model out of order may have fewer misses.
+    Beckmann, Harchol-Balter, "Practical Bounds on Optimal Caching with Variable Object Sizes", SIGMETRICS 2018):
+    keeping a model from one request to its next costs bytes x requests in between, and the cheapest intervals are kept
+    until capacity x requests is used up. It serves requests in order of arrival; a policy that groups the requests of
+    one model out of order may have fewer misses.
 
     Streaming: intervals are counted by model and length, so memory grows with the number of models.
     """
@@ -69,3 +74,25 @@ class Clairvoyant:
             if kept < count:
                 break
         return self._requests - hits
+
+
+class Yardsticks(msgspec.Struct, frozen=True):
+    """What no policy can beat on one workload and cluster."""
+
+    ideal_mean_latency_s: float
+    """Mean latency were every model on every GPU."""
+    clairvoyant_miss_ratio: float
+
+
+def yardsticks(arrivals: Iterable[Arrival], hardware: Hardware) -> Yardsticks:
+    """Both bounds in one pass over the arrivals; they do not depend on the policy."""
+    ideal = AllResident(len(hardware.gpus))
+    clairvoyant = Clairvoyant(sum(gpu.memory_bytes for gpu in hardware.gpus))
+    costs, requests = hardware.costs, 0
+    for arrival in arrivals:
+        requests += 1
+        recorded_s = arrival.inference_s
+        ideal.arrive(arrival.time_s, costs[arrival.function].inference_s if recorded_s is None else recorded_s)
+        clairvoyant.arrive(arrival.function)
+    misses = clairvoyant.misses({name: cost.memory_bytes for name, cost in costs.items()})
+    return Yardsticks(ideal.latency.mean, misses / max(requests, 1))

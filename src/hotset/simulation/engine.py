@@ -6,7 +6,7 @@ out by asking the hardware profile how long they take. It decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 
 import msgspec
@@ -15,7 +15,6 @@ from hotset.errors import InvariantError
 from hotset.scheduling.actions import Action, Load, Reject, Run, Unload
 from hotset.scheduling.events import Event, GpuJoined, GpuLost, ModelAdded, ModelLoaded, RequestArrived, RunFinished
 from hotset.scheduling.scheduler import Scheduler
-from hotset.simulation.bounds import AllResident, Clairvoyant
 from hotset.simulation.hardware import Hardware, ModelCost
 from hotset.simulation.metrics import Recorder, RunMetrics
 from hotset.simulation.workloads import Arrival
@@ -30,13 +29,6 @@ class Fault(msgspec.Struct, frozen=True):
     back_s: float | None = None
 
 
-class Served(msgspec.Struct, gc=False):
-    """An open request, as the simulator keeps it."""
-
-    arrival: Arrival
-    load_s: float = 0.0
-
-
 class Engine:
     """One run: one scheduler, one cluster, one stream of arrivals."""
 
@@ -45,15 +37,14 @@ class Engine:
         self.costs: Mapping[str, ModelCost] = hardware.costs
         self.gpus: dict[str, Gpu] = {gpu.gpu_id: gpu for gpu in hardware.gpus}
         self.recorder = Recorder(hardware.costs, len(hardware.gpus))
-        self.ideal = AllResident(len(hardware.gpus))
-        self.clairvoyant = Clairvoyant(sum(gpu.memory_bytes for gpu in hardware.gpus))
         self.now_s = 0.0
         self._agenda: list[tuple[float, int, Event]] = []
         self._counter = 0
-        self._open: dict[int, Served] = {}
+        self._open: dict[int, Arrival] = {}
         self._runs: dict[str, tuple[int, ...]] = {}
-        self._lives: dict[str, int] = dict.fromkeys(self.gpus, 0)
-        self._born: dict[int, int] = {}
+        """GPU id -> the requests of its newest run."""
+        self._due: dict[str, int] = {}
+        """GPU id -> number of the event that ends what it does now."""
         for model in hardware.models():
             scheduler.handle(ModelAdded(model), 0.0)
         for gpu in hardware.gpus:
@@ -77,91 +68,81 @@ class Engine:
                 raise InvariantError(f"the workload goes back in time at {arrival.time_s} s")
             request_id += 1
             self._arrive(request_id, arrival)
-            if progress is not None and not request_id & 0xFFF:
-                progress(self.now_s)
+            if not request_id & 0xFFF:
+                self.recorder.latency.fold()
+                if progress is not None:
+                    progress(self.now_s)
             arrival = next(upcoming, None)
         if self._open:
             raise InvariantError(f"{len(self._open)} requests never ended (every GPU is gone)")
-        sizes = {name: cost.memory_bytes for name, cost in self.costs.items()}
-        return self.recorder.result(
-            ideal_mean_latency_s=self.ideal.latency.mean, clairvoyant_misses=self.clairvoyant.misses(sizes)
-        )
+        return self.recorder.result()
 
     def _arrive(self, request_id: int, arrival: Arrival) -> None:
         self.now_s = now_s = arrival.time_s
         function = arrival.function
         self.recorder.arrived += 1
-        inference_s = arrival.inference_s
-        self.ideal.arrive(now_s, self.costs[function].inference_s if inference_s is None else inference_s)
-        self.clairvoyant.arrive(function)
-        self._open[request_id] = Served(arrival)
+        self._open[request_id] = arrival
         request = Request(request_id=request_id, model=function, arrival_s=now_s, caller=arrival.caller)
         self._carry_out(self.scheduler.handle(RequestArrived(request), now_s))
 
     def _happen(self, item: tuple[float, int, Event]) -> None:
         self.now_s, number, event = item
-        if isinstance(event, RunFinished):
-            if self._born.pop(number) != self._lives[event.gpu_id]:
+        kind = type(event)
+        if kind is RunFinished or kind is ModelLoaded:
+            gpu_id: str = event.gpu_id  # type: ignore[attr-defined]
+            if self._due.get(gpu_id) != number:
                 return  # its GPU was lost meanwhile
-            now_s, opened, recorder = self.now_s, self._open, self.recorder
-            for request_id in self._runs.pop(event.gpu_id):
-                arrival = opened.pop(request_id).arrival
-                recorder.finished(arrival.function, now_s - arrival.time_s, now_s)
-        elif isinstance(event, ModelLoaded):
-            if self._born.pop(number) != self._lives[event.gpu_id]:
-                return
+            if kind is RunFinished:
+                now_s, opened, recorder = self.now_s, self._open, self.recorder
+                for request_id in self._runs[gpu_id]:
+                    arrival = opened.pop(request_id)
+                    recorder.finished(arrival.function, now_s - arrival.time_s, now_s)
         elif isinstance(event, GpuLost):
             self._lose(event.gpu_id)
         self._carry_out(self.scheduler.handle(event, self.now_s))
 
     def _lose(self, gpu_id: str) -> None:
-        self._lives[gpu_id] += 1
-        self._runs.pop(gpu_id, None)
+        self._due.pop(gpu_id, None)
         for model in self.scheduler.cache.memory(gpu_id).residents:
             self.recorder.tallies[model].change_copies(-1, self.now_s)
 
     def _carry_out(self, actions: list[Action]) -> None:
         now_s, recorder = self.now_s, self.recorder
         for action in actions:
-            if isinstance(action, Run):
+            if type(action) is Run:
                 inference_s = self._run_s(action)
                 recorder.run_s += inference_s
                 recorder.inference_s += inference_s * len(action.request_ids)
                 self._runs[action.gpu_id] = action.request_ids
                 self._start(action.gpu_id, now_s + inference_s, RunFinished(action.gpu_id, action.model, inference_s))
-            elif isinstance(action, Load):
+            elif type(action) is Load:
                 load_s = self.costs[action.model].load_s
                 recorder.misses += 1
                 recorder.false_misses += action.false_miss
                 recorder.load_s += load_s
                 recorder.tallies[action.model].change_copies(1, now_s)
                 self._start(action.gpu_id, now_s + load_s, ModelLoaded(action.gpu_id, action.model, load_s))
-            elif isinstance(action, Unload):
+            elif type(action) is Unload:
                 recorder.evictions += 1
                 recorder.tallies[action.model].change_copies(-1, now_s)
-            elif isinstance(action, Reject):
+            elif type(action) is Reject:
                 recorder.rejected += 1
                 del self._open[action.request_id]
 
     def _run_s(self, action: Run) -> float:
         """Duration of a run: the recorded one of its requests where the trace has it, else the profile's."""
         ids = action.request_ids
-        recorded = self._open[ids[0]].arrival.inference_s
+        recorded = self._open[ids[0]].inference_s
         cost = self.costs[action.model]
         if recorded is None:
             return cost.inference_s if len(ids) == 1 else cost.run_s(len(ids))
-        rest = sum(self._open[request_id].arrival.inference_s or cost.inference_s for request_id in ids[1:])
+        rest = sum(self._open[request_id].inference_s or cost.inference_s for request_id in ids[1:])
         return recorded + rest * cost.batch_marginal
 
     def _start(self, gpu_id: str, end_s: float, event: Event) -> None:
         self._schedule(end_s, event)
-        self._born[self._counter] = self._lives[gpu_id]
+        self._due[gpu_id] = self._counter
 
     def _schedule(self, time_s: float, event: Event) -> None:
         self._counter += 1
         heappush(self._agenda, (time_s, self._counter, event))
-
-
-def stream(arrivals: Sequence[Arrival]) -> Iterator[Arrival]:
-    """A list of arrivals as the stream ``Engine.run`` takes."""
-    return iter(arrivals)

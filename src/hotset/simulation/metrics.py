@@ -31,8 +31,6 @@ class RunMetrics(msgspec.Struct, frozen=True, kw_only=True):
     top_model_copies: float
     fairness: float
     makespan_s: float
-    ideal_mean_latency_s: float
-    clairvoyant_miss_ratio: float
 
 
 class FunctionTally:
@@ -77,7 +75,8 @@ class Recorder:
         tally.latency_s += latency_s
         self.last_end_s = now_s
 
-    def result(self, *, ideal_mean_latency_s: float, clairvoyant_misses: int) -> RunMetrics:
+    def result(self) -> RunMetrics:
+        """The run's figures so far."""
         latency = self.latency
         done = max(latency.count, 1)
         arrived = max(self.arrived, 1)
@@ -106,6 +105,4 @@ class Recorder:
             top_model_copies=top.copy_seconds / span_s,
             fairness=slowest_s / latency.mean if latency.mean else 1.0,
             makespan_s=self.last_end_s,
-            ideal_mean_latency_s=ideal_mean_latency_s,
-            clairvoyant_miss_ratio=clairvoyant_misses / arrived,
         )

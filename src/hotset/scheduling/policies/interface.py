@@ -49,8 +49,6 @@ class Policy(Protocol):
     """A scheduling policy. It keeps no state about the cluster; ``Cluster`` has it all."""
 
     name: str
-    local_queues: bool
-    """Whether it places requests in local queues (the cluster then keeps finish estimates in order)."""
 
     def next_placement(self, cluster: Cluster, now_s: float) -> Placement | None:
         """The next placement, or None when nothing more can be placed now.

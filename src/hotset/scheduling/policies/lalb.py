@@ -36,7 +36,6 @@ class Lalb:
     """Locality-aware load balancing: requests in order, each where its model is, unless that costs more than a load."""
 
     name = "lalb"
-    local_queues = True
 
     def next_placement(self, cluster: Cluster, now_s: float) -> Placement | None:
         if not cluster.idle:

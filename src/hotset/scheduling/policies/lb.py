@@ -10,7 +10,6 @@ class Lb:
     """Plain load balancing. O(1), but for requests too large for every idle GPU, which are passed by."""
 
     name = "lb"
-    local_queues = False
 
     def next_placement(self, cluster: Cluster, now_s: float) -> Placement | None:
         if not cluster.idle:
