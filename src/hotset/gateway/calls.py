@@ -26,7 +26,7 @@ class CallRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     function: str
     model: str
     arrival_s: float
-    """On the control loop's clock; ``Control.wall_clock`` turns it into Unix time."""
+    """On the control loop's clock, as is every other time here."""
     status: int
     gpu_id: str = ""
     """Empty: it never got to a GPU (a plain function, or a rejection)."""

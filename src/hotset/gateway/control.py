@@ -21,11 +21,11 @@ from typing import Protocol
 import msgspec
 
 from hotset.gateway.calls import CallIds, CallRecord, Chunks, PendingCall, Receive, Result
-from hotset.gateway.functions import Functions, Version, VersionSpec
+from hotset.gateway.functions import Functions, Learned, Version, VersionSpec
 from hotset.gateway.logbook import Logbook, LogLine
 from hotset.gateway.metrics import FunctionMetrics, GpuMetrics
 from hotset.gateway.statuses import CLIENT_CLOSED, STATUS, WAIT_BEFORE_RETRY_S, error_body
-from hotset.node.interface import Answer, Call, LaunchSpec, Node, NodeListener
+from hotset.node.interface import Answer, Call, LaunchSpec, Node, NodeListener, ProcessReport
 from hotset.scheduling.actions import Load, Reject, Run, Unload
 from hotset.scheduling.events import (
     Event,
@@ -43,7 +43,8 @@ from hotset.scheduling.events import (
     TimeAdvanced,
 )
 from hotset.scheduling.scheduler import Scheduler
-from hotset.vocabulary import FailureKind, RejectReason, Request
+from hotset.store.datastore import ProfileRecord
+from hotset.vocabulary import FailureKind, Profile, RejectReason, Request
 
 LOOK_AFTER_S = 0.1
 """How often calls that take long are looked at: has the client left, has the time it gave run out."""
@@ -114,7 +115,8 @@ class Control:
         self._cpu = cpu
         self._clock = clock
         self._unix_time = unix_time
-        self._epoch_s = 0.0
+        self.started_s = 0.0
+        self.started_unix_s = 0.0
         self._calls: dict[int, PendingCall] = {}
         self._last_request_id = 0
         self._cpu_calls = 0
@@ -130,7 +132,8 @@ class Control:
         clock = self._clock or self._loop
         self._now = clock.time
         self._call_later = clock.call_later
-        self._epoch_s = self._unix_time() - self._now()
+        self.started_s = self._now()
+        self.started_unix_s = self._unix_time()
         for node in self._nodes:
             await node.start(self)
             for gpu in node.gpus:
@@ -398,6 +401,11 @@ class Control:
     # Node -> scheduler and clients (``NodeListener``)
 
     def loaded(self, gpu_id: str, model: str, load_s: float, memory_bytes: int | None) -> None:
+        learned = self._learned(gpu_id, model)
+        if learned is not None:
+            learned.loads += 1
+            if memory_bytes is not None:
+                learned.memory_bytes = max(memory_bytes, learned.memory_bytes or 0)
         self._handle(ModelLoaded(gpu_id, model, load_s, memory_bytes))
 
     def load_failed(
@@ -427,7 +435,15 @@ class Control:
             self._abandon(pending, RejectReason.FAILED, "the answer came faster than it was read: read it faster")
 
     def run_finished(self, gpu_id: str, model: str, inference_s: float) -> None:
+        learned = self._learned(gpu_id, model)
+        if learned is not None:
+            learned.runs += 1
         self._handle(RunFinished(gpu_id, model, inference_s))
+
+    def _learned(self, gpu_id: str, model: str) -> Learned | None:
+        version = self.functions.versions.get(model)
+        gpu = self.scheduler.cluster.gpus.get(gpu_id)
+        return None if version is None or gpu is None else version.learned[gpu.kind]
 
     def run_failed(self, gpu_id: str, model: str, kind: FailureKind, reason: str, answered: tuple[int, ...]) -> None:
         log.warning("%s failed on %s (%s): %s", model, gpu_id, kind.value, reason)
@@ -467,9 +483,41 @@ class Control:
             return "a node cannot start a GPU process: see the server's log"
         return None
 
-    def wall_clock(self, loop_s: float) -> float:
-        """Unix time of a time on the control loop's clock."""
-        return self._epoch_s + loop_s
+    def now_s(self) -> float:
+        """The control loop's clock, which all its times are on."""
+        return self._now()
+
+    def uptime_s(self) -> float:
+        return self._now() - self.started_s
+
+    def smallest_gpu_bytes(self) -> int:
+        """What every GPU can hold: the reservation for a first load whose size nobody declared."""
+        return min((gpu.memory.capacity_bytes for gpu in self.scheduler.cluster.gpus.values()), default=0)
+
+    def learned(self) -> list[ProfileRecord]:
+        """What was measured since the start of every version in service, for the datastore."""
+        profiles = self.scheduler.profiles
+        records = []
+        for version in self.functions.current.values():
+            for kind, learned in version.learned.items():
+                declared = version.spec.scheduled.profile if version.spec.scheduled is not None else Profile()
+                known_run = learned.runs > 0 or declared.inference_s is not None
+                records.append(
+                    ProfileRecord(
+                        model=version.model,
+                        gpu_kind=kind,
+                        load_s=profiles.load_s(version.model, kind),
+                        loads=learned.loads,
+                        inference_s=profiles.inference_s(version.model, kind) if known_run else None,
+                        runs=learned.runs,
+                        memory_bytes=learned.memory_bytes,
+                    )
+                )
+        return records
+
+    def processes(self) -> list[ProcessReport]:
+        """Every GPU process, as the operating system and the devices see them."""
+        return [report for node in self._nodes for report in node.processes()]
 
     def function_metrics(self) -> Iterable[FunctionMetrics]:
         return self.functions.metrics()

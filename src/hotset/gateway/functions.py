@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import msgspec
@@ -23,16 +24,26 @@ class VersionSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Longest a call may wait for its run to begin (a load and a run of its model's, say); callers may ask for less."""
 
 
+class Learned(msgspec.Struct):
+    """How often a version was loaded and run on one kind of GPU, and the most memory it took there."""
+
+    loads: int = 0
+    runs: int = 0
+    memory_bytes: int | None = None
+
+
 class Version:
     """A version some calls are bound to."""
 
-    __slots__ = ("calls", "function", "metrics", "model", "retired", "spec")
+    __slots__ = ("calls", "function", "learned", "metrics", "model", "retired", "spec")
 
     def __init__(self, spec: VersionSpec, metrics: FunctionMetrics) -> None:
         self.spec = spec
         self.function = spec.function
         self.model = spec.launch.model
         self.metrics = metrics
+        self.learned: defaultdict[str, Learned] = defaultdict(Learned)
+        """By kind of GPU, since the server's start."""
         self.calls = 0
         """Calls that have not ended."""
         self.retired = False

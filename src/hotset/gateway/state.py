@@ -1,0 +1,209 @@
+"""What the server is doing now, as records: answers of ``/system/state``, ``/system/explain`` and ``/system/trace``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from hotset.gateway.calls import CallRecord
+from hotset.gateway.control import Control
+from hotset.node.interface import ProcessReport
+from hotset.scheduling.journal import Explanation
+
+TRACE_VERSION = 1
+
+
+class ResidentState(msgspec.Struct, frozen=True, kw_only=True):
+    """One model in one GPU's memory."""
+
+    model: str
+    memory_bytes: int
+    """What the scheduler accounts for it."""
+    state: str
+    """``loading`` or ``hot``."""
+    in_use: bool
+    uses: int
+    """Runs since it was loaded."""
+    idle_s: float
+    """Since its last run began."""
+
+
+class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One GPU and what is in its memory."""
+
+    gpu_id: str
+    node: str
+    kind: str
+    capacity_bytes: int
+    used_bytes: int
+    busy_ratio: float
+    running: str | None
+    """The model that runs or loads there."""
+    local_queue: int
+    residents: list[ResidentState]
+    """Least recently used first: the order in which LRU evicts."""
+
+
+class FunctionState(msgspec.Struct, frozen=True, kw_only=True):
+    """One function, counted since the server's start."""
+
+    name: str
+    model: str
+    waiting: int
+    requests: int
+    errors: int
+    """Calls that ended with a status of 400 or more."""
+    hits: int
+    misses: int
+    evictions: int
+    mean_latency_s: float | None
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything ``hotset top`` shows."""
+
+    policy: str
+    eviction: str
+    uptime_s: float
+    healthy: bool
+    waiting: int
+    requests: int
+    hits: int
+    misses: int
+    hit_ratio: float | None
+    """None before the first run."""
+    gpus: list[GpuReport]
+    functions: list[FunctionState]
+    processes: list[ProcessReport]
+
+
+class ExplanationReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Why one call went the way it did; times are seconds on the control loop's clock."""
+
+    call_id: str
+    request: CallRecord | None
+    """None: it has not ended, or is too old."""
+    decisions: Explanation | None
+    """None: it was never scheduled (a plain function), or is too old."""
+
+
+class TraceRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One call in hotset's own trace format (docs/traces.md); ``arrival_s`` counts from the server's start."""
+
+    arrival_s: float
+    function: str
+    inference_s: float | None = None
+    """None: it did not run."""
+    status: int
+    gpu_id: str = ""
+    hit: bool = False
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    duration_s: float = 0.0
+
+
+def state_of(control: Control) -> State:
+    """A snapshot; linear in GPUs, residents, functions and waiting calls."""
+    waiting = control.waiting()
+    functions = []
+    hits = misses = requests = 0
+    for metrics in control.function_metrics():
+        hits, misses, requests = hits + metrics.hits, misses + metrics.misses, requests + metrics.total
+        version = control.functions.current.get(metrics.function)
+        if version is not None:
+            functions.append(
+                FunctionState(
+                    name=metrics.function,
+                    model=version.model,
+                    waiting=waiting[metrics.function],
+                    requests=metrics.total,
+                    errors=sum(count for status, count in metrics.requests.items() if status >= 400),
+                    hits=metrics.hits,
+                    misses=metrics.misses,
+                    evictions=metrics.evictions,
+                    mean_latency_s=metrics.duration_s / metrics.total if metrics.total else None,
+                )
+            )
+    return State(
+        policy=control.scheduler.policy.name,
+        eviction=control.scheduler.cache.eviction.name,
+        uptime_s=control.uptime_s(),
+        healthy=control.healthy() is None,
+        waiting=sum(waiting.values()),
+        requests=requests,
+        hits=hits,
+        misses=misses,
+        hit_ratio=hits / (hits + misses) if hits + misses else None,
+        gpus=_gpus(control),
+        functions=functions,
+        processes=control.processes(),
+    )
+
+
+def _gpus(control: Control) -> list[GpuReport]:
+    now_s = control.now_s()
+    busy = {gpu.gpu_id: gpu.busy_ratio for gpu in control.gpu_metrics()}
+    return [
+        GpuReport(
+            gpu_id=gpu.gpu_id,
+            node=gpu.gpu.node,
+            kind=gpu.kind,
+            capacity_bytes=gpu.memory.capacity_bytes,
+            used_bytes=gpu.memory.used_bytes,
+            busy_ratio=busy[gpu.gpu_id],
+            running=gpu.work.model if gpu.work is not None else None,
+            local_queue=len(gpu.local_queue),
+            residents=[
+                ResidentState(
+                    model=resident.model,
+                    memory_bytes=resident.memory_bytes,
+                    state=resident.state.value,
+                    in_use=resident.in_use,
+                    uses=resident.uses,
+                    idle_s=now_s - resident.last_used_s,
+                )
+                for resident in gpu.memory.residents.values()
+            ],
+        )
+        for gpu in control.scheduler.cluster.gpus.values()
+    ]
+
+
+def explain(control: Control, call_id: str) -> ExplanationReport | None:
+    """What is known of a call, by its public id (or the bare number of its request); None: nothing."""
+    request_id = int(call_id) if call_id.isdecimal() and len(call_id) < 16 else control.ids.request_id(call_id)
+    if request_id is None:
+        return None
+    ended = next((each for each in reversed(control.records) if each.request_id == request_id), None)
+    decisions = control.scheduler.journal.explain(request_id)
+    if ended is None and decisions is None:
+        return None
+    return ExplanationReport(call_id=control.ids.public(request_id), request=ended, decisions=decisions)
+
+
+def trace(records: Sequence[CallRecord], start_s: float, start_unix_s: float) -> Iterator[bytes]:
+    """The recorded calls as an NDJSON trace, in order of arrival; pieces of up to a thousand lines."""
+    yield msgspec.json.encode({"hotset_trace": TRACE_VERSION, "recorded_from_unix_s": start_unix_s}) + b"\n"
+    in_order = sorted(records, key=_by_arrival)
+    for first in range(0, len(in_order), 1000):
+        rows = [_trace_row(record, start_s) for record in in_order[first : first + 1000]]
+        yield b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
+
+
+def _by_arrival(record: CallRecord) -> tuple[float, int]:
+    return record.arrival_s, record.request_id
+
+
+def _trace_row(record: CallRecord, start_s: float) -> TraceRow:
+    return TraceRow(
+        arrival_s=round(record.arrival_s - start_s, 6),
+        function=record.function,
+        inference_s=round(record.inference_s, 6) if record.inference_s else None,
+        status=record.status,
+        gpu_id=record.gpu_id,
+        hit=record.hit,
+        queue_s=round(record.queue_s, 6),
+        load_s=round(record.load_s, 6),
+        duration_s=round(record.duration_s, 6),
+    )
