@@ -56,33 +56,37 @@ def parse_media_type(content_type: str) -> MediaType:
     return MediaType(name=name.strip().lower(), parameters=parameters)
 
 
-class Codec(ABC):
-    """Reads values of one type. Every method raises ``ValueError`` with the problem when the input does not fit."""
+class BodyCodec(ABC):
+    """Reads whole request bodies of other kinds than JSON into one argument."""
 
-    media_types: tuple[str, ...] = ()
-    """Raw bodies it reads, for messages and the schema (``image/*`` is a pattern)."""
-    produces: tuple[str, ...] = (JSON,)
+    media_types: tuple[str, ...]
+    """The bodies it reads, for messages and the schema (``image/*`` is a pattern)."""
+    produces: tuple[str, ...]
     """What a result of this type can be sent as, the default first (encoding.py)."""
 
     @abstractmethod
-    def from_json(self, value: Any) -> Any:
-        """A decoded JSON value (dict, list, str, number, None) -> the argument."""
-
-    @abstractmethod
     def from_raw(self, body: Body, media: MediaType) -> Any:
-        """A whole request body -> the argument."""
-
-    @abstractmethod
-    def json_schema(self) -> dict[str, Any]:
-        """JSON schema of what ``from_json`` takes."""
+        """A whole request body -> the argument; raises ``ValueError`` with the problem."""
 
     def accepts(self, media: MediaType, body: Body) -> bool:
         """Whether ``from_raw`` should read this body; otherwise it is read as JSON."""
         return media.name in self.media_types
 
 
-class BytesCodec(Codec):
-    """``bytes``: any raw body as it is. In JSON: base64, which msgspec reads by itself."""
+class Codec(BodyCodec):
+    """Reads, besides, the values of a type that msgspec does not know out of JSON."""
+
+    @abstractmethod
+    def from_json(self, value: Any) -> Any:
+        """A decoded JSON value (dict, list, str, number, None) -> the argument; raises ``ValueError``."""
+
+    @abstractmethod
+    def json_schema(self) -> dict[str, Any]:
+        """JSON schema of what ``from_json`` takes."""
+
+
+class BytesCodec(BodyCodec):
+    """``bytes``: any body as it is, unless it says it is JSON (base64, which msgspec reads)."""
 
     media_types = (OCTET_STREAM,)
     produces = (OCTET_STREAM, JSON)
@@ -90,24 +94,15 @@ class BytesCodec(Codec):
     def accepts(self, media: MediaType, body: Body) -> bool:
         return not media.is_json
 
-    def from_json(self, value: Any) -> bytes:
-        return msgspec.convert(value, bytes)
-
     def from_raw(self, body: Body, media: MediaType) -> bytes:
         return bytes(body)
 
-    def json_schema(self) -> dict[str, Any]:
-        return {"type": "string", "contentEncoding": "base64"}
 
-
-class TextCodec(Codec):
+class TextCodec(BodyCodec):
     """``str``: a ``text/plain`` body, UTF-8."""
 
     media_types = (TEXT,)
     produces = (JSON, TEXT)
-
-    def from_json(self, value: Any) -> str:
-        return msgspec.convert(value, str)
 
     def from_raw(self, body: Body, media: MediaType) -> str:
         if media.parameters.get("charset", "utf-8").lower() not in ("utf-8", "utf8", "us-ascii"):
@@ -116,9 +111,6 @@ class TextCodec(Codec):
             return str(body, "utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8 at byte {error.start}") from None
-
-    def json_schema(self) -> dict[str, Any]:
-        return {"type": "string"}
 
 
 class Special(Enum):
@@ -153,7 +145,7 @@ class _Constrained(metaclass=_ConstrainedMeta):
     codec: Codec
 
 
-def codec_of(annotation: Any) -> Codec | None:
+def codec_of(annotation: Any) -> BodyCodec | None:
     """The codec that reads raw bodies for this type (``X | None`` counts as ``X``), else None."""
     args = [arg for arg in get_args(annotation) if arg is not types.NoneType]
     if _is_union(annotation) and len(args) == 1:

@@ -7,6 +7,7 @@ so it stays usable and testable as ordinary Python.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -171,6 +172,8 @@ def _options(
 def _check(target: Callable[..., Any], options: FunctionOptions) -> None:
     """Contract breaks are told where the class is written, not at the first call."""
     # Imported here because inspection reads this module's records.
-    from hotset.functions.inspection import signature_of
+    from hotset.functions.inspection import UnresolvedError, signature_of
 
-    signature_of(target, options)
+    # A type that the module defines further down is looked up when the function is loaded.
+    with contextlib.suppress(UnresolvedError):
+        signature_of(target, options)

@@ -165,9 +165,6 @@ def _jsonable(value: Any) -> Any:
         return msgspec.structs.asdict(value)
     if isinstance(value, set | frozenset):
         return list(value)
-    item = getattr(value, "item", None)
-    if kind.__module__ == "numpy" and callable(item):
-        return item()
     raise FunctionError(f"a {kind.__name__} is no JSON value")
 
 

@@ -17,7 +17,7 @@ MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 _WRITABLE = {
-    "PNG": ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"),
+    "PNG": ("1", "L", "LA", "I;16", "P", "RGB", "RGBA"),
     "JPEG": ("L", "RGB", "CMYK"),
 }
 

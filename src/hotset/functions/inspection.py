@@ -8,12 +8,18 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from hotset.errors import FunctionError
-from hotset.functions.codecs import codec_of, translate
+from hotset.functions.codecs import codec_of, decode_hook, schema_hook, translate
 from hotset.functions.contract import FunctionOptions, options_of
 from hotset.functions.signature import Parameter, Signature
 
 _STREAMS = frozenset({collections.abc.Iterator, collections.abc.Iterable, collections.abc.Generator})
+
+
+class UnresolvedError(FunctionError):
+    """An annotation names something that is not defined (yet)."""
 
 
 def signature_of(target: Callable[..., Any], options: FunctionOptions | None = None) -> Signature:
@@ -26,7 +32,10 @@ def signature_of(target: Callable[..., Any], options: FunctionOptions | None = N
     if options is None:
         raise FunctionError(f"{owner} is no function yet; put @hotset.function above it")
     predict, parameters = _predict_of(target, owner)
-    return _read(predict, parameters, target, owner, options)
+    try:
+        return _read(predict, parameters, target, owner, options)
+    except NameError as error:
+        raise UnresolvedError(f"{owner}: an annotation cannot be resolved: {error}; define or import it") from None
 
 
 def _predict_of(target: Callable[..., Any], owner: str) -> tuple[Callable[..., Any], list[inspect.Parameter]]:
@@ -70,7 +79,7 @@ def _read(
         raise FunctionError(f"{label} is async; write it as a plain def (its process serves one run at a time)")
     try:
         hints = typing.get_type_hints(predict, include_extras=True)
-    except (NameError, TypeError, SyntaxError, AttributeError) as error:
+    except (TypeError, SyntaxError, AttributeError) as error:
         raise FunctionError(f"{label}: an annotation cannot be resolved: {error}") from None
     returns = hints.get("return", Any)
     streaming = inspect.isgeneratorfunction(predict) or typing.get_origin(returns) in _STREAMS or returns in _STREAMS
@@ -118,9 +127,12 @@ def _parameter(parameter: inspect.Parameter, hints: dict[str, Any], label: str, 
         if not required:
             raise FunctionError(f"{label}: parameter {name!r} has a default, which a joined call cannot use; remove it")
         (annotation,) = typing.get_args(annotation)
+    owner = f"{label}: parameter {name!r}"
+    translated = translate(annotation, owner)
+    _check_readable(translated, annotation, owner)
     return Parameter(
         name=name,
-        annotation=translate(annotation, f"{label}: parameter {name!r}"),
+        annotation=translated,
         codec=codec_of(annotation),
         required=required,
         default=None if required else parameter.default,
@@ -130,3 +142,16 @@ def _parameter(parameter: inspect.Parameter, hints: dict[str, Any], label: str, 
 
 def _is_list(annotation: Any) -> bool:
     return annotation is list or typing.get_origin(annotation) in (list, collections.abc.Sequence)
+
+
+def _check_readable(translated: Any, annotation: Any, owner: str) -> None:
+    try:
+        msgspec.json.Decoder(translated, dec_hook=decode_hook)
+        msgspec.json.schema_components([translated], schema_hook=schema_hook)
+    except (TypeError, ValueError, RuntimeError) as error:
+        # msgspec raises several kinds; only those about unions say more than that the type is unknown.
+        reason = f" ({error})" if "union" in str(error) else ""
+        raise FunctionError(
+            f"{owner} has the type {inspect.formatannotation(annotation)}, which cannot be read from a request; "
+            f"use JSON types, dataclasses, bytes, numpy.ndarray, torch.Tensor or PIL.Image.Image{reason}"
+        ) from None

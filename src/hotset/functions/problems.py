@@ -39,7 +39,7 @@ def input_error(error: Exception, bare: str | None, fields: str, accepts: Sequen
     problem, path = str(error), ""
     # A tensor's own error has a path inside the tensor, then msgspec adds the path to it: outermost last.
     while match := _PATH.search(problem):
-        problem, path = problem[: match.start()], match[1] + path
+        problem, path = problem[: match.start()], path + match[1]
     if bare is not None:
         path = f".{bare}{path}"
     elif not path and problem.startswith("Expected `object`"):

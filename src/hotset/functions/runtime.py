@@ -36,7 +36,7 @@ class Stream:
     the error event was given as the last chunk.
     """
 
-    def __init__(self, first: bytes, rest: Iterator[Any], form: StreamFormat, name: str) -> None:
+    def __init__(self, first: bytes | None, rest: Iterator[Any], form: StreamFormat, name: str) -> None:
         self.error: Exception | None = None
         self._first: bytes | None = first
         self._rest = rest
@@ -190,10 +190,7 @@ class Runtime:
         """The first item is computed before the status is decided: a function that fails at once answers 500."""
         form = stream_format(accept)
         items = iter(self.signature.call(self.predict, arguments))
-        first = b""
-        for item in items:
-            first = form.item(item)
-            break
+        first = next(map(form.item, items), None)
         return Outcome(content_type=form.content_type, stream=Stream(first, items, form, self.signature.name))
 
     def _failure(self, error: Exception) -> Outcome:
@@ -217,11 +214,7 @@ def _error_body(error: Exception) -> dict[str, Any]:
 def _log(error: Exception, name: str) -> None:
     """The traceback to the function's log (stderr), from the first frame of the function's own code."""
     own = error.__traceback__
-    while (
-        own is not None
-        and own.tb_next is not None
-        and own.tb_frame.f_globals.get("__name__", "").startswith(__package__)
-    ):
+    while own is not None and own.tb_next is not None and _is_ours(own):
         own = own.tb_next
     lines = traceback.format_exception(type(error), error, own)
     sys.stderr.write(f"{name}: predict failed\n{''.join(lines)}")

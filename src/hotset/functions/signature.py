@@ -16,7 +16,7 @@ from hotset.errors import FunctionError, InputError
 from hotset.functions.codecs import (
     JSON,
     Body,
-    Codec,
+    BodyCodec,
     MediaType,
     codec_of,
     decode_hook,
@@ -42,7 +42,7 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     annotation: Any
     """The type that msgspec decodes to."""
-    codec: Codec | None
+    codec: BodyCodec | None
     """Reads raw bodies for it; None: JSON only."""
     required: bool
     default: Any = None
@@ -74,7 +74,7 @@ class Signature:
         self._positional = len(self.parameters) - len(self._keywords)
         self._carrier = _carrier(self.parameters)
         single = self.parameters[0] if len(self.parameters) == 1 else None
-        takes_object = single is not None and _takes_object(single.annotation)
+        takes_object = single is not None and _object_like(msgspec.inspect.type_info(single.annotation))
         # Where the value may itself be an object, {"name": ...} counts as named only when the name is there.
         self._named = _decoder(_record(self.parameters, all_required=takes_object))
         self._bare = _decoder(single.annotation) if single is not None else None
@@ -176,7 +176,7 @@ class Signature:
             return opens_object(body)
         return self.parameters[0].name in top_level_keys(body)
 
-    def _from_raw(self, body: Body, media: MediaType, carrier: Parameter, codec: Codec) -> tuple[Any, ...]:
+    def _from_raw(self, body: Body, media: MediaType, carrier: Parameter, codec: BodyCodec) -> tuple[Any, ...]:
         try:
             value = codec.from_raw(body, media)
         except ValueError as error:
@@ -190,15 +190,8 @@ class Signature:
         return f"{'the field' if len(names) == 1 else 'the fields'} {', '.join(names)}"
 
     def _make_schema(self, returns: Any, description: str) -> dict[str, Any]:
-        try:
-            (taken,), definitions = msgspec.json.schema_components(
-                [_record(self.parameters, title=self.name)], schema_hook=schema_hook
-            )
-        except (TypeError, NotImplementedError) as error:
-            raise FunctionError(
-                f"{self.name}: a parameter of predict cannot be read from JSON ({error}); "
-                f"use JSON types, dataclasses, bytes, numpy.ndarray, torch.Tensor or PIL.Image.Image"
-            ) from None
+        record = _record(self.parameters, title=self.name)
+        (taken,), definitions = msgspec.json.schema_components([record], schema_hook=schema_hook)
         try:
             (given,), more = msgspec.json.schema_components([returns], schema_hook=schema_hook)
         except (TypeError, NotImplementedError):
@@ -246,21 +239,11 @@ def _default(value: Any) -> Any:
 
 
 def _decoder(annotation: Any) -> msgspec.json.Decoder[Any]:
-    try:
-        return msgspec.json.Decoder(annotation, dec_hook=decode_hook)
-    except (TypeError, RuntimeError) as error:
-        raise FunctionError(f"a parameter of predict cannot be read from JSON: {error}") from None
-
-
-def _takes_object(annotation: Any) -> bool:
-    """Whether a JSON object can be a value of this type."""
-    try:
-        return _object_like(msgspec.inspect.type_info(annotation))
-    except TypeError as error:
-        raise FunctionError(f"a parameter of predict cannot be read from JSON: {error}") from None
+    return msgspec.json.Decoder(annotation, dec_hook=decode_hook)
 
 
 def _object_like(info: msgspec.inspect.Type) -> bool:
+    """Whether a JSON object can be a value of this type."""
     kinds = msgspec.inspect
     if isinstance(info, kinds.UnionType):
         return any(_object_like(member) for member in info.types)

@@ -194,17 +194,9 @@ def _from_npy(body: Body) -> Array:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(file)
-    except (
-        ValueError,
-        TypeError,
-        SyntaxError,
-        LookupError,
-        ArithmeticError,
-        RecursionError,
-        MemoryError,
-        Warning,
-    ) as e:
-        raise ValueError("not a .npy file; make one with numpy.save") from e
+    except Exception as error:
+        # numpy evaluates the header as a Python literal, which fails in many ways.
+        raise ValueError("not a .npy file; make one with numpy.save") from error
     if dtype.name not in DTYPES or len(shape) > MAX_DIMENSIONS or any(length < 0 for length in shape):
         raise ValueError(f"a .npy file of {dtype} cannot be read; save one of {', '.join(sorted(DTYPES))}")
     return _from_buffer(memoryview(body)[file.tell() :], dtype, [int(length) for length in shape], fortran)
