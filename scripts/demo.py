@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 from demo_load import LoadReport, arrivals, drive
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -37,6 +38,8 @@ STOP_WITHIN_S = 20.0
 CALL_WITHIN_S = 120.0
 
 progress_console = Console(stderr=True)
+# A pipe has no width: tables then take what they need.
+result_console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 class DemoError(Exception):
@@ -49,8 +52,8 @@ class Answered:
 
     function: str
     inputs: list[str]
-    answer: str
-    truth: str
+    answers: list[str]
+    truths: list[str]
     right: bool
     first_s: float
     inference_ms: float
@@ -199,8 +202,8 @@ def _call(showcase: Any, client: httpx.Client) -> Answered:
     return Answered(
         function=showcase.name,
         inputs=[call.shown for call in showcase.calls],
-        answer=verdict.answer,
-        truth=showcase.truth,
+        answers=verdict.answers,
+        truths=[call.truth for call in showcase.calls],
         right=verdict.right,
         first_s=first_s,
         inference_ms=1000 * inference_s,
@@ -225,29 +228,33 @@ def load(showcases: Sequence[Any], options: argparse.Namespace, folder: Path) ->
 
 def answers_table(answered: Sequence[Answered]) -> Table:
     """Inputs beside answers beside what is right."""
-    table = Table(title="What the functions answered", show_lines=True)
-    for heading in ("function", "input", "answer", "what is right", ""):
+    table = Table(title="What the functions answered")
+    table.add_column("function", no_wrap=True)
+    for heading in ("input", "answer", "should be"):
         table.add_column(heading, overflow="fold")
+    table.add_column("", no_wrap=True)
     table.add_column("first call", justify="right")
     table.add_column("inference", justify="right")
     for row in answered:
-        inputs = "\n".join(row.inputs)
-        mark = "[green]right[/]" if row.right else "[red]WRONG[/]"
-        times = (f"{row.first_s:.1f} s", f"{row.inference_ms:.0f} ms")
-        table.add_row(row.function, inputs, row.answer, row.truth, mark, *times)
+        mark = "[green]right[/]" if row.right else "[bold red]WRONG[/]"
+        name, times = row.function, (mark, f"{row.first_s:.1f} s", f"{row.inference_ms:.0f} ms")
+        for texts in zip(row.inputs, row.answers, row.truths, strict=True):
+            table.add_row(name, *map(escape, texts), *times)
+            name, times = "", ("", "", "")  # said once for all calls of a function
+        table.add_section()
     return table
 
 
 def load_table(reports: Sequence[LoadReport]) -> Table:
     """Measured latency, hits and misses of each policy."""
-    table = Table(title="The same load under each policy, measured")
-    table.add_column("policy")
-    for heading in ("answered", "failed", "mean latency", "p50", "p95", "hits", "misses", "miss ratio", "mean load"):
-        table.add_column(heading, justify="right")
+    table = Table(title="The same load under each policy, measured (latency and load in seconds)")
+    table.add_column("policy", no_wrap=True)
+    for heading in ("answered", "failed", "mean", "p50", "p95", "hits", "misses", "miss %", "load"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for report in reports:
-        counts = (str(report.requests), str(report.failed))
-        latencies = [f"{value:.2f} s" for value in (report.mean_latency_s, report.p50_latency_s, report.p95_latency_s)]
-        cache = (str(report.hits), str(report.misses), f"{report.miss_ratio:.0%}", f"{report.mean_load_s:.2f} s")
+        latencies = [f"{value:.2f}" for value in (report.mean_latency_s, report.p50_latency_s, report.p95_latency_s)]
+        counts = [str(count) for count in (report.requests, report.failed)]
+        cache = [str(report.hits), str(report.misses), f"{100 * report.miss_ratio:.0f}", f"{report.mean_load_s:.2f}"]
         table.add_row(report.policy, *counts, *latencies, *cache)
     return table
 
@@ -287,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 deploy(showcases, url)
                 answered = call_all(showcases, url)
             if not options.json:
-                Console().print(answers_table(answered))
+                result_console.print(answers_table(answered))
             reports = load(showcases, options, folder)
     except DemoError as error:
         progress_console.print(f"[red]demo stopped:[/] {error}", highlight=False)
@@ -306,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         print(json.dumps(results, indent=2, ensure_ascii=False))
     else:
-        Console().print(load_table(reports))
+        result_console.print(load_table(reports))
         progress_console.print(f"{total_s:.0f} s in all, {install_s:.0f} s of them installing.")
     return 0 if right and not any(report.failed for report in reports) else 1
 

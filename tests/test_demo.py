@@ -51,8 +51,8 @@ def program(path: Path, source: str) -> Path:
 
 
 def showcase(name: str) -> Any:
-    call = demo_calls.Call("a body", b"1", "application/json")
-    return demo_calls.Showcase(name, [call], "1", lambda answers: demo_calls.Verdict(str(answers), answers == [1]))
+    call = demo_calls.Call("a body", "1", b"1", "application/json")
+    return demo_calls.Showcase(name, [call], lambda answers: demo_calls.Verdict([str(answers[0])], answers == [1]))
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_answers_are_judged_and_shown_beside_their_inputs() -> None:
         rows = [demo._call(showcase(name), client) for name in ("one", "two")]
     assert [row.right for row in rows] == [True, False]
     assert rows[0].inference_ms == 250
-    assert rows[0].inputs == ["a body"]
+    assert (rows[1].inputs, rows[1].answers, rows[1].truths) == (["a body"], ["2"], ["1"])
     assert demo.answers_table(rows).row_count == 2
 
 

@@ -95,7 +95,7 @@ def test_every_example_is_in_the_demo() -> None:
 def test_a_wrong_answer_is_not_called_right() -> None:
     guess = [{"label": "teapot", "probability": 0.9}]
     assert not demo_calls._judge_labels([guess], [{"espresso"}]).right
-    assert not demo_calls._judge_texts([{"text": "lnvoice"}], ["Invoice"]).right
+    assert not demo_calls._judge_lines([{"text": "lnvoice"}, {"text": "Region"}]).right
     assert not demo_calls._judge_notes([{"note": note, "hz": 440.0} for note in ("A4", "C4", "A3")]).right
     assert not demo_calls._judge_sentences([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]).right
     assert not demo_calls._judge_voices([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]).right
@@ -120,7 +120,7 @@ def test_an_example_is_right_on_real_inputs(path: Path) -> None:
         assert {outcome.content_type for outcome in outcomes} == {JSON}
         answers = [json.loads(outcome.body) for outcome in outcomes]
         verdict = showcase.judge(answers)
-        assert verdict.right, verdict.answer
+        assert verdict.right, verdict.answers
         if function.schema["batched"]:
             joined = function.batch([json.loads(call.body)["text"] for call in showcase.calls])
             assert showcase.judge(joined) == verdict
