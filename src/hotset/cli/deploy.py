@@ -1,0 +1,105 @@
+"""``hotset deploy``: bundle, upload, install, put in service; the old version serves until the new one does."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hotset.cli.options import gateway_option, json_option, status_line
+from hotset.cli.output import write_json
+from hotset.cli.remote import Remote
+from hotset.errors import ConfigurationError
+from hotset.functions.contract import function_name
+from hotset.functions.units import parse_bytes, parse_duration
+from hotset.store.bundles import make_bundle
+
+
+@click.command()
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.option("--name", help="The function's name in URLs; default: the file's or folder's name.")
+@click.option("--entry", metavar="MODULE[:NAME]", help="Where the function is, when the bundle has several files.")
+@click.option("--gpu-memory", metavar="SIZE", help="GPU memory it takes while resident, such as 600MiB.")
+@click.option("--max-batch", type=click.IntRange(min=1), help="Most requests that one run may join.")
+@click.option("--timeout", metavar="TIME", help="Longest one call may run, such as 30s.")
+@click.option("--load-timeout", metavar="TIME", help="Longest the model may take to load.")
+@click.option("--retry/--no-retry", default=None, help="Whether a call may run again when its process died.")
+@click.option("--env", "env", multiple=True, metavar="KEY=VALUE", help="An environment variable; repeatable.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label; repeatable.")
+@click.option("--annotation", "annotations", multiple=True, metavar="KEY=VALUE", help="An annotation; repeatable.")
+@gateway_option
+@json_option
+def deploy(
+    source: Path,
+    name: str | None,
+    entry: str | None,
+    gpu_memory: str | None,
+    max_batch: int | None,
+    timeout: str | None,
+    load_timeout: str | None,
+    retry: bool | None,
+    env: tuple[str, ...],
+    labels: tuple[str, ...],
+    annotations: tuple[str, ...],
+    gateway: str,
+    as_json: bool,
+) -> None:
+    """Deploy the function in SOURCE, a Python file or a folder.
+
+    A requirements.txt in the folder or beside the file, or a PEP 723 header, is installed once for all functions with
+    the same requirements. Deploying a name again replaces it: calls in flight end on the old version.
+    """
+    service = name or function_name(source.resolve().stem)
+    if gpu_memory is not None:
+        parse_bytes(gpu_memory, "--gpu-memory")
+    for value, flag in ((timeout, "--timeout"), (load_timeout, "--load-timeout")):
+        if value is not None:
+            parse_duration(value, flag)
+    overrides = {
+        "entry": entry or (source.stem if source.is_file() else None),
+        "gpu_memory": gpu_memory,
+        "max_batch": max_batch,
+        "timeout": timeout,
+        "load_timeout": load_timeout,
+        "retry": retry,
+    }
+    deployment: dict[str, Any] = {
+        "service": service,
+        "envVars": _pairs(env, "--env"),
+        "labels": _pairs(labels, "--label"),
+        "annotations": _pairs(annotations, "--annotation"),
+        "hotset": {key: value for key, value in overrides.items() if value is not None},
+    }
+    with Remote(gateway) as remote, status_line(f"Bundling {source}", quiet=as_json) as say:
+        with tempfile.TemporaryFile() as archive:
+            bundle = make_bundle(source, archive)
+            if not remote.has_bundle(bundle.digest):
+                size, sent = archive.tell(), 0
+                archive.seek(0)
+
+                def progress(piece: int) -> None:
+                    nonlocal sent
+                    sent += piece
+                    say(f"Uploading {service}: {sent / 1e6:.1f} of {size / 1e6:.1f} MB")
+
+                remote.upload(bundle.digest, archive, progress)
+        deployment["image"] = f"sha256:{bundle.digest}"
+        status = remote.deploy(deployment, lambda line: say(f"{service}: {line}"))
+    if as_json:
+        write_json(status)
+    else:
+        click.echo(
+            f"Deployed {service} ({status['hotset']['model']}). Call it: {gateway.rstrip('/')}/function/{service}"
+        )
+
+
+def _pairs(values: tuple[str, ...], flag: str) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        if not equals or not key:
+            raise ConfigurationError(f"{flag} {value!r}: write KEY=VALUE")
+        pairs[key] = text
+    return pairs

@@ -1,0 +1,61 @@
+"""Options and output that the commands of a running server share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from hotset.cli.output import Table, show_table
+
+DEFAULT_GATEWAY = "http://127.0.0.1:8080"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def gateway_option(command: F) -> F:
+    """``--gateway``: which server a command talks to."""
+    return click.option(
+        "--gateway",
+        "-g",
+        envvar=["HOTSET_GATEWAY", "OPENFAAS_URL"],
+        default=DEFAULT_GATEWAY,
+        show_default=True,
+        metavar="URL",
+        help="The server to talk to [env: HOTSET_GATEWAY, OPENFAAS_URL].",
+    )(command)
+
+
+def json_option(command: F) -> F:
+    """``--json``: the answer as JSON on standard output, for programs."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str = "", left: int = 0) -> None:
+    """A table of text; ``empty`` instead of one without rows. ``left``: columns of names; 0: all of them."""
+    if rows or not empty:
+        show_table(Table(columns=columns, rows=list(rows), left=left or len(columns)))
+    else:
+        click.echo(empty)
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+@contextmanager
+def status_line(first: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Say what is going on: one changing line on a terminal, plain lines on another stderr, nothing if ``quiet``."""
+    if quiet:
+        yield _silent
+    elif sys.stderr.isatty():
+        from rich.console import Console
+
+        with Console(stderr=True).status(first) as status:
+            yield lambda text: status.update(text)
+    else:
+        click.echo(first, err=True)
+        yield lambda text: click.echo(text, err=True)

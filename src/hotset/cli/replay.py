@@ -1,0 +1,214 @@
+"""``hotset replay``: what if? A recorded live trace through the simulator, under its own policy and others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from hotset.cli.options import gateway_option, json_option, print_rows
+from hotset.cli.output import write_json
+from hotset.cli.remote import Remote
+from hotset.errors import ConfigurationError, TraceError
+from hotset.functions.units import parse_bytes
+from hotset.gateway.state import TraceHeader, TraceRow
+from hotset.scheduling.eviction import make_eviction
+from hotset.scheduling.policies import make_policy
+from hotset.scheduling.policies.interface import PolicySettings
+from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.simulation.engine import Engine
+from hotset.simulation.hardware import Hardware, ModelCost
+from hotset.simulation.metrics import Recorder, RunMetrics
+from hotset.simulation.workloads import Arrival
+from hotset.vocabulary import Gpu
+
+FIGURES = ("mean_latency_s", "p50_latency_s", "p95_latency_s", "p99_latency_s", "miss_ratio", "mean_queueing_s")
+
+
+class Recording(msgspec.Struct, frozen=True):
+    """A live trace: the server it was recorded on, and its calls of GPU functions that were answered."""
+
+    header: TraceHeader
+    rows: Sequence[TraceRow]
+
+    def functions(self) -> list[str]:
+        """In order of first arrival."""
+        return list(dict.fromkeys(row.function for row in self.rows))
+
+
+class Replayed(msgspec.Struct, frozen=True):
+    """One policy's figures; ``measured`` is what really happened, under the recorded policy."""
+
+    policy: str
+    eviction: str
+    measured: bool
+    metrics: RunMetrics
+
+
+@click.command()
+@click.argument("trace", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--policy", metavar="A,B,...", help="Policies to try; default: the recorded one, lb, lalb and lalb_o3.")
+@click.option("--eviction", help="Eviction policy; default: the recorded one.")
+@click.option("--o3-limit", default=25, show_default=True, type=click.IntRange(min=0))
+@click.option("--gpus", type=click.IntRange(min=1), help="What if there were this many GPUs?")
+@click.option("--gpu-memory", metavar="SIZE", help="What if each had this much memory?")
+@click.option("--load-scale", default=1.0, show_default=True, type=click.FloatRange(min=0), help="Dearer loads?")
+@click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Keep the server's trace in this file.")
+@gateway_option
+@json_option
+def replay(
+    trace: Path | None,
+    policy: str | None,
+    eviction: str | None,
+    o3_limit: int,
+    gpus: int | None,
+    gpu_memory: str | None,
+    load_scale: float,
+    save: Path | None,
+    gateway: str,
+    as_json: bool,
+) -> None:
+    """Re-run what the server served in the simulator: what would other policies, more GPUs or more memory have done?
+
+    Takes the running server's newest calls, or a TRACE file saved before. Load times, run times and sizes are the
+    measured ones, so the recorded policy's row says how far the simulator can be trusted.
+    """
+    if trace is not None:
+        with trace.open("rb") as lines:
+            recording = read_recording(lines, str(trace))
+    else:
+        with Remote(gateway) as remote, contextlib.ExitStack() as opened:
+            lines_out = opened.enter_context(save.open("wb")) if save is not None else None
+            recording = read_recording(_teed(remote.raw_lines("/system/trace"), lines_out), f"{gateway}/system/trace")
+    known = recording.header
+    names = [name.strip() for name in policy.split(",")] if policy else [known.policy, "lb", "lalb", "lalb_o3"]
+    eviction = eviction or known.eviction
+    hardware = hardware_of(
+        recording,
+        gpus=gpus,
+        gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
+        load_scale=load_scale,
+    )
+    results = [Replayed(known.policy, known.eviction, True, measured(recording))]
+    for name in dict.fromkeys(names):
+        settings = PolicySettings(o3_limit=o3_limit)
+        scheduler = Scheduler(
+            make_policy(name, settings), make_eviction(eviction), SchedulerConfig(burst_s=known.burst_s)
+        )
+        metrics = Engine(scheduler, hardware).run(arrivals_of(recording))
+        results.append(Replayed(name, eviction, False, metrics))
+    if as_json:
+        write_json({"calls": len(recording.rows), "runs": [_as_json(result) for result in results]})
+    else:
+        print_rows(("policy", "", *FIGURES), [_row(result) for result in results])
+
+
+def read_recording(lines: Iterable[bytes], source: str) -> Recording:
+    """Parse an NDJSON trace with its header; raises ``TraceError``."""
+    numbered = enumerate(lines, start=1)
+    _, first = next(numbered, (0, b""))
+    try:
+        header = msgspec.json.decode(first, type=TraceHeader)
+    except msgspec.MsgspecError as error:
+        raise TraceError(source, 1, f"expected the header of a live server's trace: {error}") from None
+    decoder = msgspec.json.Decoder(TraceRow)
+    rows = []
+    for number, line in numbered:
+        try:
+            row = decoder.decode(line)
+        except msgspec.MsgspecError as error:
+            raise TraceError(source, number, f"expected a recorded call: {error}") from None
+        if row.gpu_id and row.inference_s is not None:
+            rows.append(row)
+    if not rows:
+        raise ConfigurationError(f"{source} has no answered call of a GPU function: call some first")
+    return Recording(header, rows)
+
+
+def hardware_of(
+    recording: Recording,
+    *,
+    gpus: int | None = None,
+    gpu_memory_bytes: int | None = None,
+    load_scale: float = 1.0,
+) -> Hardware:
+    """The recorded cluster with its measured costs, or one with other GPUs.
+
+    A function's load time is the mean of its recorded loads; one that never loaded meanwhile costs what the server had
+    learned of it.
+    """
+    known = list(recording.header.gpus)
+    if gpus is not None:
+        known = [
+            Gpu(gpu_id=f"what-if/gpu:{i}", memory_bytes=known[0].memory_bytes, kind=known[0].kind) for i in range(gpus)
+        ]
+    if gpu_memory_bytes is not None:
+        known = [msgspec.structs.replace(gpu, memory_bytes=gpu_memory_bytes) for gpu in known]
+    loads: defaultdict[str, list[float]] = defaultdict(list)
+    for row in recording.rows:
+        if row.load_s:
+            loads[row.function].append(row.load_s)
+    costs = {}
+    for name in recording.functions():
+        learned = recording.header.models.get(name)
+        if learned is None:
+            raise ConfigurationError(f"the trace's header says nothing of {name}: record it while {name} is deployed")
+        load_s = sum(loads[name]) / len(loads[name]) if loads[name] else learned.load_s
+        costs[name] = ModelCost(
+            memory_bytes=learned.memory_bytes, load_s=load_s * load_scale, inference_s=learned.inference_s
+        )
+    return Hardware(gpus=known, costs=costs)
+
+
+def arrivals_of(recording: Recording) -> Iterator[Arrival]:
+    """The recorded calls as the simulator's arrivals."""
+    start_s = recording.rows[0].arrival_s
+    for row in recording.rows:
+        yield Arrival(row.arrival_s - start_s, row.function, row.inference_s)
+
+
+def measured(recording: Recording) -> RunMetrics:
+    """The same figures as the simulator's, from what really happened."""
+    start_s = recording.rows[0].arrival_s
+    recorder = Recorder(dict.fromkeys(recording.functions()), len(recording.header.gpus))
+    for row in recording.rows:
+        end_s = row.arrival_s + row.duration_s - start_s
+        recorder.arrived += 1
+        recorder.misses += not row.hit
+        recorder.load_s += row.load_s
+        recorder.inference_s += row.inference_s or 0.0
+        recorder.run_s += row.inference_s or 0.0
+        recorder.finished(row.function, row.duration_s, max(end_s, recorder.last_end_s))
+    return recorder.result()
+
+
+def _teed(lines: Iterable[bytes], out: Any) -> Iterator[bytes]:
+    for line in lines:
+        if out is not None:
+            out.write(line + b"\n")
+        yield line
+
+
+def _as_json(result: Replayed) -> dict[str, Any]:
+    figures = {key: getattr(result.metrics, key) for key in FIGURES}
+    return {
+        "policy": result.policy,
+        "eviction": result.eviction,
+        "measured": result.measured,
+        "requests": result.metrics.requests,
+        **figures,
+    }
+
+
+def _row(result: Replayed) -> tuple[str, ...]:
+    metrics = result.metrics
+    values = [
+        f"{getattr(metrics, key):.1%}" if key == "miss_ratio" else f"{getattr(metrics, key) * 1e3:.1f} ms"
+        for key in FIGURES
+    ]
+    return (f"{result.policy} + {result.eviction}", "measured" if result.measured else "simulated", *values)

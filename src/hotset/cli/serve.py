@@ -1,0 +1,123 @@
+"""``hotset serve``: the server, from flags, HOTSET_* environment variables and a configuration file, in that order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hotset.cli.options import json_option
+from hotset.cli.output import write_json
+from hotset.errors import ConfigurationError
+from hotset.functions.units import parse_bytes, parse_duration
+from hotset.scheduling.eviction import EVICTIONS
+from hotset.scheduling.policies import POLICIES
+
+
+def _default_data() -> Path:
+    """Where a user's data belongs (XDG base directories)."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "hotset"
+
+
+def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """The configuration file's settings become the flags' defaults."""
+    if path is None:
+        return
+    try:
+        settings: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read as TOML: {error}") from None
+    known = {parameter.name for parameter in context.command.params}
+    normal = {key.replace("-", "_"): value for key, value in settings.items()}
+    for key in normal:
+        if key not in known:
+            raise ConfigurationError(
+                f"{path}: there is no setting {key!r}; settings are named as the flags of `hotset serve --help`"
+            )
+    context.default_map = {**(context.default_map or {}), **normal}
+
+
+@click.command(context_settings={"auto_envvar_prefix": "HOTSET"})
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="TOML file whose keys are these flags' names.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
+@click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), help="Where functions are kept.")
+@click.option("--policy", default="lalb_o3", show_default=True, type=click.Choice(list(POLICIES)))
+@click.option("--o3-limit", default=25, show_default=True, type=click.IntRange(min=0), help="Most times passed over.")
+@click.option("--eviction", default="lru", show_default=True, type=click.Choice(list(EVICTIONS)))
+@click.option(
+    "--virtual-gpus",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Run on this many memory budgets on the CPU; 0: on this machine's CUDA GPUs.",
+)
+@click.option("--gpu-memory", metavar="SIZE", help="What models may use of each GPU, such as 7800MiB.")
+@click.option("--max-queue", default=10_000, show_default=True, type=click.IntRange(min=1), help="Most waiting calls.")
+@click.option("--max-queue-per-function", type=click.IntRange(min=1), help="Most waiting calls of one function.")
+@click.option("--burst", default="2ms", show_default=True, metavar="TIME", help="Calls this short share a run.")
+@click.option("--max-body", default="64MiB", show_default=True, metavar="SIZE", help="Largest request body.")
+@click.option("--drain", default="30s", show_default=True, metavar="TIME", help="What open calls get at a stop.")
+@click.option(
+    "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
+)
+@json_option
+def serve(
+    host: str,
+    port: int,
+    data_dir: Path | None,
+    policy: str,
+    o3_limit: int,
+    eviction: str,
+    virtual_gpus: int,
+    gpu_memory: str | None,
+    max_queue: int,
+    max_queue_per_function: int | None,
+    burst: str,
+    max_body: str,
+    drain: str,
+    log_level: str,
+    as_json: bool,
+) -> None:
+    """Serve functions until SIGTERM or Ctrl-C; calls in flight end first.
+
+    Every flag can be set as HOTSET_NAME in the environment, or in a --config file.
+    """
+    from hotset.gateway.server import ServerConfig
+    from hotset.gateway.server import serve as run_server
+
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = ServerConfig(
+        host=host,
+        port=port,
+        data=data_dir or _default_data(),
+        policy=policy,
+        o3_limit=o3_limit,
+        eviction=eviction,
+        virtual_gpus=virtual_gpus,
+        gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory is not None else None,
+        max_queue=max_queue,
+        max_queue_per_function=max_queue_per_function,
+        burst_s=parse_duration(burst, "--burst"),
+        max_body_bytes=parse_bytes(max_body, "--max-body"),
+        drain_s=parse_duration(drain, "--drain"),
+    )
+
+    def ready(url: str) -> None:
+        if as_json:
+            write_json({"url": url, "policy": policy, "eviction": eviction})
+        else:
+            click.echo(f"hotset serves at {url} ({policy}, {eviction}). Next: hotset deploy FILE --gateway {url}")
+
+    run_server(config, ready=ready)
