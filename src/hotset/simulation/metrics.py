@@ -10,27 +10,44 @@ from hotset.simulation.sketch import LatencySketch
 
 
 class RunMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of one run (one policy, one seed). Times are seconds; ratios are 0 to 1 unless they say otherwise."""
+    """The figures of one run (one policy, one seed), or their means over seeds. Times are seconds, ratios 0 to 1.
 
-    requests: int
-    completed: int
+    A latency is completion minus arrival; every request counts, those too that finish after the last arrival.
+    """
+
+    requests: float
+    """Arrivals."""
+    completed: float
+    """Those that ran to their end; the others were rejected."""
     mean_latency_s: float
     p50_latency_s: float
+    """Percentiles are within 0.1 % (``LatencySketch``)."""
     p95_latency_s: float
     p99_latency_s: float
     latency_variance: float
+    """Population variance, in seconds squared."""
     mean_queueing_s: float
+    """Mean latency = queueing + load + inference. Queueing is all time in which nothing was done for the request."""
     mean_load_s: float
+    """All load time over all requests: a load delays the one request that caused it."""
     mean_inference_s: float
     throughput_per_s: float
+    """Completed requests over the makespan."""
     miss_ratio: float
+    """Loads over requests."""
     false_miss_ratio: float
+    """Loads of a model that another GPU held at that moment, over requests."""
     gpu_utilisation: float
+    """Share of all GPUs' time spent on inference, loads not counted (the paper's SM utilisation)."""
     gpu_busy: float
-    evictions: int
+    """The same with loads counted."""
+    evictions: float
     top_model_copies: float
+    """GPUs that hold, or load, the model with most requests: mean over time."""
     fairness: float
+    """The slowest function's mean latency over the mean latency of all requests; 1 is even."""
     makespan_s: float
+    """Start to the last completion."""
 
 
 class FunctionTally:

@@ -1,0 +1,335 @@
+"""Experiments: every policy on the same workloads, seed by seed, and what came out, with its uncertainty.
+
+An experiment is a table of runs: workloads x variants (policy, eviction, limit, load scale) x seeds. Runs of one
+workload and seed see the same arrivals and the same hardware, so differences between policies are paired.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from typing import Any
+
+import msgspec
+
+from hotset.errors import ConfigurationError, NodeError, TraceError, UnknownNameError
+from hotset.scheduling.eviction import make_eviction
+from hotset.scheduling.policies import make_policy
+from hotset.scheduling.policies.interface import PolicySettings
+from hotset.scheduling.scheduler import Scheduler
+from hotset.simulation.bounds import Yardsticks, yardsticks
+from hotset.simulation.engine import Engine, Fault
+from hotset.simulation.hardware import (
+    PAPER_GPU_MEMORY_BYTES,
+    PAPER_GPUS,
+    Hardware,
+    ModelCost,
+    make_gpus,
+    paper_costs,
+    scaled,
+)
+from hotset.simulation.metrics import RunMetrics
+from hotset.simulation.statistics import confidence_interval, mean
+from hotset.simulation.workloads import Arrival, Workload
+
+BASELINE_POLICY = "lb"
+BASELINE_EVICTION = "lru"
+
+_KEEP_ARRIVALS = 65_536
+"""A workload of at most this many requests is read once per seed and kept for all variants, else read for each anew."""
+_WORTH_PROCESSES = 60_000
+"""Simulated requests from which on starting processes costs less time than it saves."""
+
+
+def _nobody(share: float) -> None:
+    """Nobody listens to the progress."""
+
+
+class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Equal GPUs, and where the models' costs come from. The defaults are the paper's."""
+
+    gpus: int = PAPER_GPUS
+    gpu_memory_bytes: int = PAPER_GPU_MEMORY_BYTES
+    models: Mapping[str, ModelCost] | ModelCost | None = None
+    """A table by function; one cost for all functions; None: the paper's 22 architectures, dealt out by the seed."""
+
+    def hardware(self, functions: Sequence[str], seed: int, load_scale: float = 1.0) -> Hardware:
+        """The cluster for these functions. Raises ``ConfigurationError`` for a function that the table lacks."""
+        models = self.models
+        if models is None:
+            costs = paper_costs(functions, seed, load_scale=load_scale)
+        elif isinstance(models, ModelCost):
+            costs = dict.fromkeys(functions, scaled(models, load_scale))
+        else:
+            missing = next((name for name in functions if name not in models), None)
+            if missing is not None:
+                raise ConfigurationError(f"the table of models has no row for function {missing!r}; add one")
+            costs = {name: scaled(models[name], load_scale) for name in functions}
+        return Hardware(gpus=make_gpus(self.gpus, self.gpu_memory_bytes), costs=costs)
+
+
+class Variant(msgspec.Struct, frozen=True, kw_only=True):
+    """What differs between two runs of one workload and seed."""
+
+    policy: str
+    eviction: str = BASELINE_EVICTION
+    o3_limit: int | None = None
+    """None: the policy has no such limit."""
+    load_scale: float = 1.0
+    """Factor on every load time."""
+
+
+class ExperimentSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What to run. A seed decides the arrivals and which function has which architecture."""
+
+    workloads: Sequence[Workload]
+    policies: Sequence[str]
+    evictions: Sequence[str] = (BASELINE_EVICTION,)
+    o3_limits: Sequence[int] = (PolicySettings().o3_limit,)
+    load_scales: Sequence[float] = (1.0,)
+    cluster: ClusterSpec = ClusterSpec()
+    seeds: int = 1
+    """How many: ``first_seed``, ``first_seed + 1``, ..."""
+    first_seed: int = 0
+    faults: Sequence[Fault] = ()
+    baseline: bool = True
+    """Compare with LB and LRU even where they are not asked for (they are then run, but not listed)."""
+
+    def __post_init__(self) -> None:
+        if not (self.workloads and self.policies and self.evictions and self.o3_limits and self.load_scales):
+            raise ConfigurationError(
+                "an experiment needs at least one workload, policy, eviction, limit and load scale"
+            )
+        if self.seeds < 1:
+            raise ConfigurationError(f"an experiment needs at least 1 seed, not {self.seeds}")
+        if min(self.o3_limits) < 0 or min(self.load_scales) < 0:
+            raise ConfigurationError("a load scale and an O3 limit must be 0 or more")
+
+    def variants(self) -> list[Variant]:
+        """Every combination, in the order asked for; a policy without an O3 limit is not repeated for each limit."""
+        return [
+            Variant(policy=policy, eviction=eviction, o3_limit=limit, load_scale=scale)
+            for policy in self.policies
+            for eviction in self.evictions
+            for limit in (self.o3_limits if has_o3_limit(policy) else (None,))
+            for scale in self.load_scales
+        ]
+
+
+class SeedRun(RunMetrics, frozen=True, kw_only=True):
+    """One run, and what was possible on its workload."""
+
+    seed: int
+    ideal_mean_latency_s: float
+    clairvoyant_miss_ratio: float
+
+
+class VersusLb(msgspec.Struct, frozen=True, kw_only=True):
+    """How a policy compares with LB (with LRU) on the same arrivals and hardware; from the means over all seeds."""
+
+    latency_reduction: float
+    """1 - mean latency / LB's."""
+    miss_reduction: float
+    """1 - miss ratio / LB's; 0 where LB has no misses."""
+    speedup: float
+    """LB's mean latency / mean latency."""
+    ci95: dict[str, tuple[float, float]] | None
+    """Of the mean of the same three figures taken seed by seed; None for one seed."""
+
+
+class RunResult(RunMetrics, frozen=True, kw_only=True):
+    """One row of an experiment. The figures of ``RunMetrics`` are means, over the seeds, of one run's figure."""
+
+    policy: str
+    eviction: str
+    workload: str
+    working_set: int
+    """Functions that the workload may call."""
+    o3_limit: int | None
+    load_scale: float
+    seeds: int
+    first_seed: int
+    ideal_mean_latency_s: float
+    clairvoyant_miss_ratio: float
+    vs_lb: VersusLb | None
+    ci95: dict[str, tuple[float, float]] | None
+    """95 % confidence interval of each figure's mean over seeds (Student's t); None for one seed."""
+    per_seed: list[SeedRun]
+
+
+FIGURES: tuple[str, ...] = (*RunMetrics.__struct_fields__, "ideal_mean_latency_s", "clairvoyant_miss_ratio")
+"""The fields that are means over seeds."""
+
+
+class _Case(msgspec.Struct, frozen=True, kw_only=True):
+    """All runs of one workload and seed: what one process does at a time."""
+
+    workload: Workload
+    cluster: ClusterSpec
+    variants: Sequence[Variant]
+    seed: int
+    faults: Sequence[Fault]
+
+
+def has_o3_limit(policy: str) -> bool:
+    """Whether a policy heeds the O3 limit: made with two limits, it differs. Raises ``UnknownNameError``."""
+    one, other = (make_policy(policy, PolicySettings(o3_limit=limit)) for limit in (1, 2))
+    return vars(one) != vars(other)
+
+
+def run_experiment(
+    spec: ExperimentSpec, progress: Callable[[float], None] = _nobody, jobs: int | None = None
+) -> list[RunResult]:
+    """Run everything; results are by workload, then in the order of ``spec.variants()``.
+
+    ``progress`` hears the share done, 0 to 1. ``jobs`` bounds the processes (None: one per usable core); the results do
+    not depend on it.
+    """
+    listed = spec.variants()
+    for eviction in spec.evictions:
+        make_eviction(eviction)
+    variants = list(dict.fromkeys([*listed, *(_baselines(spec.load_scales) if spec.baseline else ())]))
+    seeds = range(spec.first_seed, spec.first_seed + spec.seeds)
+    cases = [
+        _Case(workload=workload, cluster=spec.cluster, variants=variants, seed=seed, faults=spec.faults)
+        for workload in spec.workloads
+        for seed in seeds
+    ]
+    played = _play_all(cases, progress, jobs)
+    results: list[RunResult] = []
+    for workload in spec.workloads:
+        by_variant: dict[Variant, list[SeedRun]] = {variant: [] for variant in variants}
+        for runs in islice(played, spec.seeds):
+            for variant, run in zip(variants, runs, strict=True):
+                by_variant[variant].append(run)
+        for variant in listed:
+            baseline = by_variant.get(_baseline(variant.load_scale))
+            results.append(_summary(workload, variant, by_variant[variant], baseline))
+    return results
+
+
+def _baseline(load_scale: float) -> Variant:
+    return Variant(policy=BASELINE_POLICY, eviction=BASELINE_EVICTION, load_scale=load_scale)
+
+
+def _baselines(load_scales: Iterable[float]) -> list[Variant]:
+    return [_baseline(scale) for scale in load_scales]
+
+
+def _play_all(cases: list[_Case], progress: Callable[[float], None], jobs: int | None) -> Iterator[list[SeedRun]]:
+    """Each case's runs, in order."""
+    jobs = min(jobs or len(os.sched_getaffinity(0)), len(cases))
+    requests = sum(expected_requests(case.workload) * len(case.variants) for case in cases)
+    if jobs < 2 or requests < _WORTH_PROCESSES:
+        for done, case in enumerate(cases):
+            yield _play(case, lambda share, done=done: progress((done + share) / len(cases)))  # type: ignore[misc]
+        return
+    # Spawned, not forked: the same on every platform and safe when the caller has threads.
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        for done, runs in enumerate(pool.map(_play_elsewhere, cases), start=1):
+            progress(done / len(cases))
+            yield runs
+    except BrokenProcessPool:
+        raise NodeError("a simulation process died, perhaps for want of memory; try again with one job") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _play_elsewhere(case: _Case) -> list[SeedRun]:
+    try:
+        return _play(case)
+    except (TraceError, UnknownNameError) as error:
+        raise ConfigurationError(str(error)) from None  # these two cannot be sent to another process
+
+
+def _play(case: _Case, progress: Callable[[float], None] = _nobody) -> list[SeedRun]:
+    workload, seed, count = case.workload, case.seed, len(case.variants)
+    stream = workload.arrivals(seed)
+    kept = list(islice(stream, _KEEP_ARRIVALS + 1))
+    whole = len(kept) <= _KEEP_ARRIVALS
+    functions, duration_s = workload.functions, workload.duration_s or 0.0
+    possible = yardsticks(kept if whole else chain(kept, stream), case.cluster.hardware(functions, seed))
+    del stream
+    if not whole:
+        kept.clear()
+    runs: list[SeedRun] = []
+    for number, variant in enumerate(case.variants):
+        arrivals: Iterable[Arrival] = kept if whole else workload.arrivals(seed)
+
+        def heard(now_s: float, number: int = number) -> None:
+            progress((number + min(now_s / duration_s if duration_s else 0.0, 1.0)) / count)
+
+        runs.append(_run(case, variant, arrivals, possible, heard))
+        progress((number + 1) / count)
+    return runs
+
+
+def _run(
+    case: _Case, variant: Variant, arrivals: Iterable[Arrival], possible: Yardsticks, heard: Callable[[float], None]
+) -> SeedRun:
+    settings = PolicySettings() if variant.o3_limit is None else PolicySettings(o3_limit=variant.o3_limit)
+    scheduler = Scheduler(make_policy(variant.policy, settings), make_eviction(variant.eviction))
+    hardware = case.cluster.hardware(case.workload.functions, case.seed, variant.load_scale)
+    metrics = Engine(scheduler, hardware, case.faults).run(arrivals, heard)
+    return SeedRun(seed=case.seed, **msgspec.structs.asdict(metrics), **msgspec.structs.asdict(possible))
+
+
+def expected_requests(workload: Workload) -> float:
+    """About how many requests a workload has; infinite when it cannot say."""
+    requests = getattr(workload, "requests", None)
+    if requests is not None:
+        return float(sum(requests))
+    rate, minutes = getattr(workload, "rate_per_minute", None), getattr(workload, "minutes", None)
+    return float("inf") if rate is None or minutes is None else float(rate * minutes)
+
+
+def _summary(workload: Workload, variant: Variant, runs: list[SeedRun], baseline: list[SeedRun] | None) -> RunResult:
+    columns = {name: [getattr(run, name) for run in runs] for name in FIGURES}
+    means: dict[str, Any] = {name: _mean(values) for name, values in columns.items()}
+    return RunResult(
+        **msgspec.structs.asdict(variant),
+        **means,
+        workload=workload.name,
+        working_set=len(workload.functions),
+        seeds=len(runs),
+        first_seed=runs[0].seed,
+        vs_lb=None if baseline is None else _versus(runs, baseline),
+        ci95=_intervals(columns),
+        per_seed=runs,
+    )
+
+
+def _versus(runs: list[SeedRun], baseline: list[SeedRun]) -> VersusLb:
+    pairs = list(zip(runs, baseline, strict=True))
+    columns = {
+        "latency_reduction": [1 - run.mean_latency_s / other.mean_latency_s for run, other in pairs],
+        "miss_reduction": [_reduction(run.miss_ratio, other.miss_ratio) for run, other in pairs],
+        "speedup": [other.mean_latency_s / run.mean_latency_s for run, other in pairs],
+    }
+    latency_s, lb_latency_s = (mean([run.mean_latency_s for run in side]) for side in (runs, baseline))
+    misses, lb_misses = (mean([run.miss_ratio for run in side]) for side in (runs, baseline))
+    return VersusLb(
+        latency_reduction=1 - latency_s / lb_latency_s,
+        miss_reduction=_reduction(misses, lb_misses),
+        speedup=lb_latency_s / latency_s,
+        ci95=_intervals(columns),
+    )
+
+
+def _reduction(value: float, before: float) -> float:
+    return 1 - value / before if before else 0.0
+
+
+def _intervals(columns: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]] | None:
+    intervals = {name: confidence_interval(values) for name, values in columns.items()}
+    return {name: interval for name, interval in intervals.items() if interval is not None} or None
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean; of equal values, the value itself, so that counts stay whole numbers."""
+    return values[0] if min(values) == max(values) else mean(values)
