@@ -79,12 +79,24 @@ class Cluster:
         self.profiles = profiles
         self.queue = GlobalQueue()
         self.models: dict[str, Model] = {}
+        self.removed: set[str] = set()
+        """Models that are to be forgotten once no GPU uses them."""
         self.gpus: dict[str, GpuState] = {}
+        self.largest_bytes = 0
+        """Memory of the largest GPU; 0: there is none."""
         self.idle: OrderedDict[GpuState, None] = OrderedDict()
         """GPUs with nothing to do, the one idle longest first."""
         self._holders = HolderIndex(cache, self.gpus)
         self._joined = 0
         self._idle_ranks = 0
+
+    def is_deployed(self, model: str) -> bool:
+        """Whether requests for the model are taken."""
+        return model in self.models and model not in self.removed
+
+    def too_large(self, model: str) -> bool:
+        """No GPU can hold the model; False while there is no GPU at all, as the next one may."""
+        return self.models[model].memory_bytes > self.largest_bytes and bool(self.gpus)
 
     # What policies ask
 
@@ -137,6 +149,7 @@ class Cluster:
         self._joined += 1
         state = GpuState(gpu, self._joined, self.cache.add_gpu(gpu.gpu_id, gpu.memory_bytes))
         self.gpus[gpu.gpu_id] = state
+        self.largest_bytes = max(self.largest_bytes, gpu.memory_bytes)
         self._holders.joined(state)
         self.set_idle(state)
         return state
@@ -146,6 +159,7 @@ class Cluster:
         self.idle.pop(gpu, None)
         self._holders.left(gpu)
         self.cache.drop_gpu(gpu_id)
+        self.largest_bytes = max((other.memory.capacity_bytes for other in self.gpus.values()), default=0)
         return gpu
 
     def set_idle(self, gpu: GpuState) -> None:

@@ -80,20 +80,25 @@ class GlobalQueue:
         self.waiting += 1
 
     def give_back(self, entries: list[Entry]) -> None:
-        """Take back requests that had left the queue (their GPU was lost), before everyone of their model.
+        """Take back requests that had left the queue, each to its place in order of arrival.
 
-        A request whose hole is still here (it had left out of order) revives in its old place; any other left as the
-        head, so it is older than everything that waits.
+        Linear in the queue: it happens when a GPU is lost. Those that passed over a request while it was away count as
+        skips of it too; one that comes back to its hole no longer counts as a skip of anyone.
         """
-        for entry in sorted(entries, key=_by_seq, reverse=True):
+        if not entries:
+            return
+        absent = [entry for entry in entries if not entry.in_fifo]
+        for entry in entries:
             if entry.in_fifo:
-                self._forget_hole(entry)
-            else:
-                entry.in_fifo = True
-                self._fifo.appendleft(entry)
+                self._holes -= 1
+            entry.in_fifo = True
+            entry.skipped_over = False
             entry.place = Place.QUEUED
-            self._by_model.setdefault(entry.model, deque()).appendleft(entry)
-            self.waiting += 1
+            line = [*self._by_model.get(entry.model, ()), entry]
+            self._by_model[entry.model] = deque(sorted(line, key=_by_seq))
+        self._fifo = deque(sorted([*self._fifo, *absent], key=_by_seq))
+        self.skips_of_head = sum(entry.skipped_over for entry in self._fifo)
+        self.waiting += len(entries)
 
     def take(self, entry: Entry, place: Place, *, skips: bool) -> None:
         """Remove a waiting request. ``skips``: it passed over older ones, and each of those counts it."""

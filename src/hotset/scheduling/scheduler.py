@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any
 
@@ -11,6 +11,7 @@ import msgspec
 
 from hotset.errors import InvariantError
 from hotset.scheduling.actions import Action, Load, Reject, Run, Unload
+from hotset.scheduling.admission import Admission, Refusal
 from hotset.scheduling.cache import CacheManager, EvictionPolicy
 from hotset.scheduling.cluster import Cluster, GpuState, Work
 from hotset.scheduling.events import (
@@ -69,12 +70,16 @@ class Scheduler:
         self._burst_s = self.config.burst_s
         self._journalling = self.config.journal_capacity > 0
         self.quarantine = Quarantine(self.config.quarantine)
+        self._admission = Admission(
+            self.cluster,
+            self.quarantine,
+            max_queue=self.config.max_queue,
+            max_queue_per_model=self.config.max_queue_per_model,
+        )
         self._entries: dict[int, Entry] = {}
         self._deadlines: list[tuple[float, int, Entry]] = []
         self._retries: deque[Entry] = deque()
-        self._removed: set[str] = set()
         self._seq = 0
-        self._largest_bytes = 0
         self._actions: list[Action] = []
         self._handlers: dict[type[Event], Callable[[Any, float], None]] = {
             RequestArrived: self._request_arrived,
@@ -94,6 +99,8 @@ class Scheduler:
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """Take note of an event; returns the actions to carry out, in order."""
         self._actions = []
+        if self._deadlines:
+            self._expire(now_s)
         self._handlers[type(event)](event, now_s)
         self._dispatch(now_s)
         return self._actions
@@ -114,38 +121,18 @@ class Scheduler:
 
     def _request_arrived(self, event: RequestArrived, now_s: float) -> None:
         request = event.request
-        name = request.model
         if request.request_id in self._entries:
             raise InvariantError(f"request {request.request_id} arrived twice")
         self._seq += 1
-        entry = Entry(request, name, self._seq)
-        if name not in self.cluster.models or name in self._removed:
-            self._reject(entry, RejectReason.UNKNOWN_MODEL, f"no model {name!r} is deployed", now_s)
-            return
-        if self._too_large(name):
-            self._reject_as_too_large(entry, now_s)
-            return
-        pause_s = self.quarantine.remaining_s(name, now_s)
-        if pause_s:
-            self._reject_quarantined(entry, pause_s, now_s)
-            return
-        config, queue = self.config, self.cluster.queue
-        if (config.max_queue is not None and queue.waiting >= config.max_queue) or (
-            config.max_queue_per_model is not None and queue.waiting_for(name) >= config.max_queue_per_model
-        ):
-            drain_s = queue.waiting * self.profiles.typical_inference_s() / max(len(self.cluster.gpus), 1)
-            self._reject(
-                entry,
-                RejectReason.QUEUE_FULL,
-                f"{queue.waiting} requests are waiting already: try again later",
-                now_s,
-                retry_after_s=min(max(drain_s, 1.0), 60.0),
-            )
+        entry = Entry(request, request.model, self._seq)
+        refusal = self._admission.refusal(request, now_s)
+        if refusal is not None:
+            self._reject(entry, refusal, now_s)
             return
         self._entries[request.request_id] = entry
         if request.deadline_s is not None:
             heappush(self._deadlines, (request.deadline_s, entry.seq, entry))
-        queue.push(entry)
+        self.cluster.queue.push(entry)
 
     def _request_cancelled(self, event: RequestCancelled, now_s: float) -> None:
         entry = self._entries.pop(event.request_id, None)
@@ -153,15 +140,16 @@ class Scheduler:
             self._withdraw(entry)
 
     def _time_advanced(self, event: TimeAdvanced, now_s: float) -> None:
+        """Nothing more to do: ``handle`` looks at the deadlines first, whatever happened."""
+
+    def _expire(self, now_s: float) -> None:
+        """End the requests that nothing may start any more."""
         deadlines = self._deadlines
         while deadlines and deadlines[0][0] <= now_s:
             entry = heappop(deadlines)[2]
             if entry.request.request_id in self._entries and not self._is_running(entry):
                 self._withdraw(entry)
-                waited_s = now_s - entry.request.arrival_s
-                self._reject(
-                    entry, RejectReason.DEADLINE, f"no GPU could start it within its {waited_s:.3g} s deadline", now_s
-                )
+                self._reject(entry, self._admission.late(entry.request, now_s), now_s)
 
     def _is_running(self, entry: Entry) -> bool:
         if entry.place is not Place.ASSIGNED:
@@ -186,7 +174,7 @@ class Scheduler:
 
     def _dispatch(self, now_s: float) -> None:
         cluster = self.cluster
-        if self._retries:
+        if self._retries and cluster.idle:
             self._dispatch_retries(now_s)
         queue, policy = cluster.queue, self.policy
         while cluster.idle and queue.waiting:
@@ -213,13 +201,10 @@ class Scheduler:
                 self._start(gpu, entry, Rule.RETRY, now_s)
 
     def _retry_gpu(self, entry: Entry) -> GpuState | None:
-        fitting = [
-            gpu
-            for gpu in self.cluster.gpus.values()
-            if gpu.memory.capacity_bytes >= self.cluster.models[entry.model].memory_bytes
-        ]
+        cluster, need_bytes = self.cluster, self.cluster.models[entry.model].memory_bytes
+        fitting = [gpu for gpu in cluster.gpus.values() if gpu.memory.capacity_bytes >= need_bytes]
         others = [gpu for gpu in fitting if gpu.gpu_id != entry.avoid_gpu]
-        idle = [gpu for gpu in others or fitting if gpu in self.cluster.idle]
+        idle = [gpu for gpu in others or fitting if gpu in cluster.idle]
         return next((gpu for gpu in idle if entry.model in gpu.memory.residents), idle[0] if idle else None)
 
     def _start(self, gpu: GpuState, entry: Entry, rule: Rule, now_s: float) -> None:
@@ -273,17 +258,29 @@ class Scheduler:
             entry.attempts += 1
             entries.append(entry)
 
+    def _release(self, gpu: GpuState, model: str, now_s: float) -> None:
+        """The GPU is done with a model, which stays there unless it was removed meanwhile."""
+        self.cache.release(gpu.memory, model)
+        if model in self.cluster.removed:
+            self._unload(gpu, model)
+        self._freed(gpu, now_s)
+
     def _freed(self, gpu: GpuState, now_s: float) -> None:
-        """The GPU is done: its local queue comes first (LALB step 1), else it is idle."""
-        work = gpu.work
-        if work is not None and work.model in self._removed:
-            self._unload(gpu, work.model)
-        self.cluster.set_idle(gpu)
-        if gpu.local_queue:
+        """The GPU has nothing to do: its local queue comes first (LALB step 1), else it is idle."""
+        cluster = self.cluster
+        cluster.set_idle(gpu)
+        while gpu.local_queue:
             entry = gpu.local_queue[0]
-            self.cluster.remove_local(gpu, entry)
-            entry.place = Place.ASSIGNED
-            self._start(gpu, entry, Rule.LOCAL_QUEUE, now_s)
+            cluster.remove_local(gpu, entry)
+            if (
+                entry.model in gpu.memory.residents
+                or cluster.models[entry.model].memory_bytes <= gpu.memory.capacity_bytes
+            ):
+                entry.place = Place.ASSIGNED
+                self._start(gpu, entry, Rule.LOCAL_QUEUE, now_s)
+                return
+            # Its model died here and has proved larger than this GPU: others are larger still.
+            cluster.queue.give_back([entry])
 
     # What GPUs report
 
@@ -292,18 +289,17 @@ class Scheduler:
         work = self._work_of(gpu, event.model)
         work.loading = False
         work.load_s = event.load_s
-        self.cache.loaded(gpu.memory, event.model, event.memory_bytes)
+        resident = self.cache.loaded(gpu.memory, event.model, event.memory_bytes)
         self.profiles.observe_load(event.model, gpu.kind, event.load_s)
         if event.memory_bytes is not None:
-            self._learn_memory(event.model, event.memory_bytes)
+            self._learn_memory(event.model, resident.memory_bytes)
         work.entries = [entry for entry in work.entries if not entry.cancelled]
         if not work.entries:
             self._join(gpu, event.model, work.entries)
         if work.entries:
             self._run(gpu, work, now_s)
         else:
-            self.cache.release(gpu.memory, event.model)
-            self._freed(gpu, now_s)
+            self._release(gpu, event.model, now_s)
 
     def _run_finished(self, event: RunFinished, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
@@ -316,8 +312,7 @@ class Scheduler:
                 self.journal.finished(entry.request.request_id, now_s)
         self.profiles.observe_run(event.model, gpu.kind, len(entries), event.inference_s)
         self.quarantine.succeeded(event.model)
-        self.cache.release(gpu.memory, event.model)
-        self._freed(gpu, now_s)
+        self._release(gpu, event.model, now_s)
 
     def _load_failed(self, event: LoadFailed, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
@@ -326,16 +321,16 @@ class Scheduler:
         if event.memory_bytes is not None:
             self._learn_memory(event.model, event.memory_bytes)
             self._reject_too_large(now_s)
-        self._work_lost(gpu, work, (), now_s)
-        # Knowing better what it needs, the same GPU is as good as any.
+        # Knowing better what it needs, the same GPU is as good as any, and nobody is to blame.
         avoid = "" if learned else gpu.gpu_id
-        self._process_failed(work, event.kind, event.reason, avoid, now_s, blame=not learned)
+        self._work_lost(gpu, work, event.kind, event.reason, now_s, avoid=avoid, blame=not learned)
 
     def _run_failed(self, event: RunFailed, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
         work = self._work_of(gpu, event.model)
-        self._work_lost(gpu, work, event.answered, now_s)
-        self._process_failed(work, event.kind, event.reason, gpu.gpu_id, now_s, blame=True)
+        for request_id in event.answered:
+            self._entries.pop(request_id, None)
+        self._work_lost(gpu, work, event.kind, event.reason, now_s, avoid=gpu.gpu_id, blame=True)
 
     def _process_lost(self, event: ProcessLost, now_s: float) -> None:
         gpu = self.cluster.gpus.get(event.gpu_id)
@@ -343,7 +338,7 @@ class Scheduler:
             return  # it was evicted, or is being reported as a failed run
         self.cluster.drop_resident(gpu, event.model)
         if self.quarantine.failed(event.model, now_s, event.reason):
-            self._reject_waiting(event.model, now_s)
+            self._reject_quarantined(event.model, now_s)
 
     def _work_of(self, gpu: GpuState, model: str) -> Work:
         work = gpu.work
@@ -351,47 +346,55 @@ class Scheduler:
             raise InvariantError(f"{gpu.gpu_id} reports on {model}, which it was not asked to run")
         return work
 
-    def _work_lost(self, gpu: GpuState, work: Work, answered: Iterable[int], now_s: float) -> None:
-        """The process is gone: forget it, keep of its requests those that have no answer, free the GPU."""
-        for request_id in answered:
-            self._entries.pop(request_id, None)
-        work.entries = [entry for entry in work.entries if entry.request.request_id in self._entries]
+    def _work_lost(
+        self, gpu: GpuState, work: Work, kind: FailureKind, reason: str, now_s: float, *, avoid: str, blame: bool
+    ) -> None:
+        """The process is gone, the GPU is not."""
         self.cluster.drop_resident(gpu, work.model)
-        gpu.work = None
+        self._end_or_retry(work, kind, reason, now_s, avoid=avoid, blame=blame)
         self._freed(gpu, now_s)
 
-    def _process_failed(
-        self, work: Work, kind: FailureKind, reason: str, avoid_gpu: str, now_s: float, *, blame: bool
+    def _end_or_retry(
+        self, work: Work, kind: FailureKind, reason: str, now_s: float, *, avoid: str, blame: bool
     ) -> None:
         """Decide for each unanswered request: once more, or an error; and whether its model is to be left alone."""
-        model = self.cluster.models[work.model]
-        if blame and self.quarantine.failed(work.model, now_s, reason):
-            self._reject_waiting(work.model, now_s)
-        may_retry = model.retry and kind is not FailureKind.ERROR and not self._too_large(work.model)
+        name = work.model
+        quarantined = blame and self.quarantine.failed(name, now_s, reason)
+        if quarantined:
+            self._reject_quarantined(name, now_s)
+        cluster = self.cluster
+        again = cluster.models[name].retry and kind is not FailureKind.ERROR
+        again = again and not quarantined and name not in cluster.removed
+        too_large = cluster.too_large(name)
         for entry in work.entries:
-            if may_retry and entry.attempts < self.config.max_attempts and work.model not in self._removed:
-                entry.avoid_gpu = avoid_gpu
+            if entry.request.request_id not in self._entries:
+                continue  # answered, or nobody waits for it
+            if too_large:
+                self._reject(entry, self._admission.too_large(name), now_s)
+            elif again and entry.attempts < self.config.max_attempts:
+                entry.avoid_gpu = avoid
                 entry.place = Place.RETRY
                 self._retries.append(entry)
             else:
-                self._reject(entry, RejectReason.FAILED, reason, now_s)
-        self._forget_if_gone(work.model)
+                self._reject(entry, Refusal(RejectReason.FAILED, reason), now_s)
+        self._forget_if_gone(name)
 
     # Models and GPUs come and go
 
     def _model_added(self, event: ModelAdded, now_s: float) -> None:
         self.cluster.models[event.model.name] = event.model
         self.profiles.add(event.model)
-        self._removed.discard(event.model.name)
+        self.cluster.removed.discard(event.model.name)
+        self._reject_too_large(now_s)
 
     def _model_removed(self, event: ModelRemoved, now_s: float) -> None:
         name = event.name
         if name not in self.cluster.models:
             return
-        self._removed.add(name)
-        for entry in self._waiting_of(name):
+        self.cluster.removed.add(name)
+        for entry in self._waiting(name):
             self._withdraw(entry)
-            self._reject(entry, RejectReason.REMOVED, f"{name} was removed while the request waited", now_s)
+            self._reject(entry, Refusal(RejectReason.REMOVED, f"{name} was removed while the request waited"), now_s)
         for gpu_id in list(self.cache.holders(name)):
             gpu = self.cluster.gpus[gpu_id]
             if not gpu.memory.residents[name].in_use:
@@ -402,19 +405,16 @@ class Scheduler:
         if event.gpu.gpu_id in self.cluster.gpus:
             raise InvariantError(f"GPU {event.gpu.gpu_id} joined twice")
         self.cluster.join(event.gpu)
-        self._largest_bytes = max(self._largest_bytes, event.gpu.memory_bytes)
+        self._reject_too_large(now_s)
 
     def _gpu_lost(self, event: GpuLost, now_s: float) -> None:
         if event.gpu_id not in self.cluster.gpus:
             return
         gpu = self.cluster.leave(event.gpu_id)
-        self._largest_bytes = max((other.memory.capacity_bytes for other in self.cluster.gpus.values()), default=0)
-        self.cluster.queue.give_back([entry for entry in gpu.local_queue if not entry.cancelled])
-        work = gpu.work
-        if work is not None:
-            work.entries = [entry for entry in work.entries if not entry.cancelled]
+        self.cluster.queue.give_back(list(gpu.local_queue))
+        if gpu.work is not None:
             reason = f"{gpu.gpu_id} was lost{': ' + event.reason if event.reason else ''}"
-            self._process_failed(work, FailureKind.DEVICE, reason, "", now_s, blame=False)
+            self._end_or_retry(gpu.work, FailureKind.DEVICE, reason, now_s, avoid="", blame=False)
         self._reject_too_large(now_s)
 
     # Ends
@@ -426,8 +426,8 @@ class Scheduler:
 
     def _forget_if_gone(self, name: str) -> None:
         """Drop the last traces of a removed model once no GPU has it."""
-        if name in self._removed and not self.cache.copies(name):
-            self._removed.discard(name)
+        if name in self.cluster.removed and not self.cache.copies(name):
+            self.cluster.removed.discard(name)
             self.cluster.models.pop(name, None)
             self.profiles.remove(name)
             self.quarantine.succeeded(name)
@@ -437,53 +437,32 @@ class Scheduler:
         if model is not None and model.memory_bytes != memory_bytes:
             self.cluster.models[name] = msgspec.structs.replace(model, memory_bytes=memory_bytes)
 
-    def _too_large(self, name: str) -> bool:
-        return self.cluster.models[name].memory_bytes > self._largest_bytes and bool(self.cluster.gpus)
-
     def _reject_too_large(self, now_s: float) -> None:
-        """End the requests that no GPU can hold any more: a model proved larger, or the largest GPU was lost."""
-        for name in [name for name in self.cluster.queue.models if self._too_large(name)]:
-            for entry in self._waiting_of(name):
+        """End the waiting requests that no GPU can hold (any more): a size was learned, the largest GPU was lost."""
+        for entry in self._waiting():
+            if self.cluster.too_large(entry.model):
                 self._withdraw(entry)
-                self._reject_as_too_large(entry, now_s)
+                self._reject(entry, self._admission.too_large(entry.model), now_s)
 
-    def _reject_as_too_large(self, entry: Entry, now_s: float) -> None:
-        self._reject(
-            entry,
-            RejectReason.TOO_LARGE,
-            f"{entry.model} needs {self.cluster.models[entry.model].memory_bytes} bytes of GPU memory and the largest "
-            f"GPU has {self._largest_bytes}: use a larger GPU or a smaller model",
-            now_s,
-        )
-
-    def _waiting_of(self, name: str) -> list[Entry]:
-        """Every request of a model that is on no GPU. Linear in the open requests; models are seldom removed."""
-        return [e for e in self._entries.values() if e.model == name and e.place is not Place.ASSIGNED]
-
-    def _reject_waiting(self, name: str, now_s: float) -> None:
-        pause_s = self.quarantine.remaining_s(name, now_s)
-        for entry in self._waiting_of(name):
+    def _reject_quarantined(self, name: str, now_s: float) -> None:
+        for entry in self._waiting(name):
             self._withdraw(entry)
-            self._reject_quarantined(entry, pause_s, now_s)
+            self._reject(entry, self._admission.quarantined(name, now_s), now_s)
 
-    def _reject_quarantined(self, entry: Entry, pause_s: float, now_s: float) -> None:
-        reason = self.quarantine.reason(entry.model)
-        self._reject(
-            entry,
-            RejectReason.QUARANTINED,
-            f"{entry.model} keeps failing ({reason}) and is left alone for {pause_s:.3g} s more",
-            now_s,
-            retry_after_s=pause_s,
-        )
+    def _waiting(self, name: str | None = None) -> list[Entry]:
+        """Requests that are on no GPU, of one model or of all. Linear in the open requests, for rare events only."""
+        return [
+            entry
+            for entry in self._entries.values()
+            if entry.place is not Place.ASSIGNED and (name is None or entry.model == name)
+        ]
 
-    def _reject(
-        self, entry: Entry, reason: RejectReason, message: str, now_s: float, *, retry_after_s: float | None = None
-    ) -> None:
-        request = entry.request
+    def _reject(self, entry: Entry, refusal: Refusal, now_s: float) -> None:
+        request, reason, message = entry.request, refusal.reason, refusal.message
         self._entries.pop(request.request_id, None)
         if self._journalling:
             self.journal.rejected(request.request_id, request.model, request.arrival_s, now_s, reason, message)
-        self._actions.append(Reject(request.request_id, reason, message, retry_after_s))
+        self._actions.append(Reject(request.request_id, reason, message, refusal.retry_after_s))
 
     def _note(self, entry: Entry, gpu: GpuState, rule: Rule, evicted: tuple[str, ...], now_s: float) -> None:
         """Write a decision down, before it is carried out."""
