@@ -1,0 +1,121 @@
+"""What must outlive the server: the records, and the interface of whatever keeps them.
+
+A deployed version is three things in three places: its bundle (a folder named by its content), its environment (a
+folder named by its requirements) and its ``FunctionRecord``. The record is written last, in one transaction, so a crash
+at any point of a deploy leaves the version before it in service and at most an unused folder behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+
+from hotset.functions.contract import FunctionOptions
+
+VERSION_DIGITS = 12
+"""Hexadecimal digits of a version: enough that two versions of one function never meet."""
+
+
+class BundleRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One bundle that is unpacked and ready to be run from."""
+
+    digest: str
+    """SHA-256 of its content (``bundles.content_digest``), hexadecimal."""
+    size_bytes: int
+    """All its files together, unpacked."""
+    files: int
+    created_at_s: float
+    """Unix time."""
+
+
+class FunctionRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The current version of one function: all that is needed to start it again after a restart."""
+
+    options: FunctionOptions
+    """How it is run: the decorator's options, overridden by those of the deployment. Its name is ``options.name``."""
+    entry: str
+    """``module:Class`` inside the bundle."""
+    bundle: str
+    """Digest of its bundle."""
+    requirements: tuple[str, ...] = ()
+    """What it imports, normalised (``Requirements.lines``)."""
+    version: str
+    """``version_of`` these four."""
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    annotations: Mapping[str, str] = msgspec.field(default_factory=dict)
+    image: str = ""
+    """What OpenFaaS clients call the image; kept so that they read back what they wrote."""
+    schema: Mapping[str, Any] = msgspec.field(default_factory=dict)
+    """JSON schema of its input and output, from the signature."""
+    created_at_s: float
+    """Unix time at which this version was deployed."""
+
+    @property
+    def name(self) -> str:
+        return self.options.name
+
+    @property
+    def model(self) -> str:
+        """The version's name everywhere else: ``name@version``."""
+        return f"{self.options.name}@{self.version}"
+
+
+class ProfileRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What was learned of one model on one kind of GPU; None: not measured yet."""
+
+    model: str
+    """``name@version``."""
+    gpu_kind: str
+    load_s: float | None = None
+    """Mean of its loads."""
+    loads: int = 0
+    inference_s: float | None = None
+    """Mean of its runs, for one request."""
+    runs: int = 0
+    memory_bytes: int | None = None
+    """Most GPU memory it was seen to take."""
+
+
+class Datastore(Protocol):
+    """Keeps the records. Raises ``StoreError``.
+
+    Every method blocks, a writing one for about one disk flush, and may be called from any thread; the gateway calls
+    the writing ones through ``asyncio.to_thread``. What was written when a method returned survives a power cut.
+    """
+
+    def deploy(self, function: FunctionRecord, bundle: BundleRecord) -> None:
+        """Record the bundle and make this the current version of the function: both or neither."""
+        ...
+
+    def function(self, name: str) -> FunctionRecord | None: ...
+
+    def functions(self) -> list[FunctionRecord]:
+        """All, ordered by name."""
+        ...
+
+    def remove_function(self, name: str) -> bool:
+        """Forget the function and its learned profiles; False: there was none of that name."""
+        ...
+
+    def bundles(self) -> list[BundleRecord]: ...
+
+    def forget_unused_bundles(self) -> list[str]:
+        """Drop the records of bundles that no function runs from; returns the digests of those that are still used."""
+        ...
+
+    def save_profiles(self, profiles: Iterable[ProfileRecord]) -> None:
+        """Write all in one transaction; each replaces what was known of its model and GPU kind."""
+        ...
+
+    def profiles(self) -> list[ProfileRecord]: ...
+
+    def close(self) -> None: ...
+
+
+def version_of(options: FunctionOptions, entry: str, bundle: str, requirements: tuple[str, ...]) -> str:
+    """The version these four make: a change of any is a new version, a change of labels is not."""
+    content = msgspec.json.encode([options, entry, bundle, requirements], order="deterministic")
+    return hashlib.sha256(content).hexdigest()[:VERSION_DIGITS]
