@@ -22,7 +22,7 @@ class Guess:
     probability: float
 
 
-@hotset.function(gpu_memory="40MiB", timeout="30s")
+@hotset.function(gpu_memory="24MiB", timeout="30s")
 class ClassifyImage:
     """The three most likely classes of the middle square of an image, the most likely first."""
 

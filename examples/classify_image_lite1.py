@@ -22,7 +22,7 @@ class Guess:
     probability: float
 
 
-@hotset.function(gpu_memory="44MiB", timeout="30s")
+@hotset.function(gpu_memory="28MiB", timeout="30s")
 class ClassifyImageLite1:
     """The three most likely classes of the middle square of an image, the most likely first."""
 

@@ -45,7 +45,7 @@ class Crepe(torch.nn.Module):
         return torch.sigmoid(self.classifier(x.transpose(1, 2).flatten(1)))
 
 
-@hotset.function(gpu_memory="200MiB", timeout="30s")
+@hotset.function(gpu_memory="100MiB", timeout="30s")
 class DetectPitch:
     """The median pitch of three moments of a WAV file (16 kHz, 16 bit, one channel, 64 ms or more)."""
 

@@ -9,7 +9,7 @@ from transformers import BertModel, BertTokenizerFast
 import hotset
 
 
-@hotset.function(gpu_memory="110MiB", max_batch=16, timeout="30s")
+@hotset.function(gpu_memory="100MiB", max_batch=16, timeout="30s")
 class EmbedText:
     """Sentence embeddings of unit length: the dot product of two is their similarity."""
 

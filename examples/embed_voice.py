@@ -22,7 +22,7 @@ def mel_bands() -> torch.Tensor:
     return torch.tensor(np.minimum(rising, falling).clip(min=0) * 2 / (hz[2:] - hz[:-2]), dtype=torch.float32)
 
 
-@hotset.function(gpu_memory="32MiB", timeout="30s")
+@hotset.function(gpu_memory="16MiB", timeout="30s")
 class EmbedVoice:
     """Speaker embedding of unit length of a WAV file (16 kHz, 16 bit, one channel, 1.6 s or more)."""
 

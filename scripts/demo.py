@@ -144,7 +144,7 @@ def server(policy: str, options: argparse.Namespace, folder: Path) -> Iterator[s
 
 
 def _environment(url: str) -> dict[str, str]:
-    return os.environ | {"HOTSET_URL": url, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | {"HOTSET_GATEWAY": url, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _await_health(process: subprocess.Popen[str], url: str, log: Path) -> None:
@@ -267,7 +267,7 @@ def _progress() -> Progress:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--virtual-gpus", type=int, default=2, help="how many (default %(default)s)")
-    parser.add_argument("--gpu-memory", default="140MiB", help="memory of each (default %(default)s)")
+    parser.add_argument("--gpu-memory", default="128MiB", help="memory of each (default %(default)s)")
     parser.add_argument("--policies", default="lb,lalb,lalb_o3", help="policies to compare (default %(default)s)")
     parser.add_argument("--rate", type=float, default=3.0, help="requests a second (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each load (default %(default)s)")

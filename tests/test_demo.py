@@ -40,7 +40,7 @@ http.server.HTTPServer(("127.0.0.1", int(arguments["--port"])), Health).serve_fo
 RECORDER = """#!{python}
 import os, pathlib, sys
 
-pathlib.Path(sys.argv[0] + ".log").write_text(" ".join([*sys.argv[1:], os.environ["HOTSET_URL"]]))
+pathlib.Path(sys.argv[0] + ".log").write_text(" ".join([*sys.argv[1:], os.environ["HOTSET_GATEWAY"]]))
 """
 
 
