@@ -1,5 +1,6 @@
 """One function in one process: load, calls, batches, streams, unload."""
 
+import io
 import json
 from collections.abc import Generator, Iterator
 
@@ -8,6 +9,11 @@ import pytest
 import hotset
 from hotset.functions.inspection import signature_of
 from hotset.functions.runtime import Call, Outcome, Runtime
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("cannot even say it")
 
 
 @hotset.function
@@ -27,6 +33,8 @@ class Echo:
             raise ValueError("the model says no")
         if text == "quiet":
             raise KeyError
+        if text == "mute":
+            raise Mute
         if text == "exit":
             raise SystemExit(3)
         return text * 2
@@ -154,6 +162,13 @@ def test_a_functions_exception_is_500_and_its_traceback_stays_in_the_log(capfd: 
 
 def test_an_exception_without_words_still_says_what_it_is() -> None:
     assert answer(loaded(Echo).call(b'"quiet"')) == {"error": "KeyError", "type": "KeyError"}
+
+
+def test_an_exception_that_cannot_be_told_or_logged_is_still_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stderr", closed)
+    assert answer(loaded(Echo).call(b'"mute"')) == {"error": "Mute", "type": "Mute"}
 
 
 def test_a_function_that_exits_ends_its_process() -> None:

@@ -6,6 +6,7 @@ process (``SystemExit``, ``KeyboardInterrupt``) leaves ``call``; only ``load`` a
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import traceback
@@ -19,6 +20,10 @@ from hotset.errors import FunctionError, InputError
 from hotset.functions.codecs import JSON, Body
 from hotset.functions.encoding import StreamFormat, stream_format, to_json
 from hotset.functions.inspection import signature_of
+
+
+_SHOWN_CHARACTERS = 2000
+"""How much of an exception's text an answer repeats."""
 
 
 class Call(msgspec.Struct, frozen=True, gc=False):
@@ -207,8 +212,12 @@ def _success(encoded: Any) -> Outcome:
 
 def _error_body(error: Exception) -> dict[str, Any]:
     """What a client learns of an exception: never the traceback, which names the server's files."""
-    text = str(error).encode("utf-8", "replace").decode()
-    return {"error": text or type(error).__name__, "type": type(error).__name__}
+    kind = type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - an exception that cannot even say what it is
+        text = ""
+    return {"error": text.encode("utf-8", "replace").decode()[:_SHOWN_CHARACTERS] or kind, "type": kind}
 
 
 def _log(error: Exception, name: str) -> None:
@@ -217,8 +226,10 @@ def _log(error: Exception, name: str) -> None:
     while own is not None and own.tb_next is not None and _is_ours(own):
         own = own.tb_next
     lines = traceback.format_exception(type(error), error, own)
-    sys.stderr.write(f"{name}: predict failed\n{''.join(lines)}")
-    sys.stderr.flush()
+    # A log that is gone must not cost the caller the answer.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"{name}: predict failed\n{''.join(lines)}")
+        sys.stderr.flush()
 
 
 def _is_ours(frame: TracebackType) -> bool:

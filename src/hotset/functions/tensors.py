@@ -6,6 +6,7 @@ and nothing is ever unpickled.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import math
@@ -123,10 +124,7 @@ class TensorCodec(Codec):
             element = {"b": bool, "f": float}.get(self._dtype.kind, int)
         elif isinstance(leaf, bool):
             element = bool
-        nested: Any = element
-        for _ in range(depth):
-            nested = list[nested]
-        checked = msgspec.convert(value, nested)
+        checked = msgspec.convert(value, _nested(element, depth))
         try:
             array = np.asarray(checked)
         except ValueError:
@@ -171,6 +169,12 @@ def to_npy(array: Array) -> bytes:
 def describe_shape(shape: Sequence[int | None]) -> str:
     """``2, any, 3``: a shape for messages."""
     return ", ".join("any" if length is None else str(length) for length in shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _nested(element: Any, depth: int) -> Any:
+    """``list[list[element]]``, ``depth`` lists deep."""
+    return list[_nested(element, depth - 1)] if depth else element  # type: ignore[misc]
 
 
 def _from_buffer(body: Body, dtype: np.dtype[Any], shape: Sequence[int], fortran: bool = False) -> Array:
