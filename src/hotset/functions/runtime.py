@@ -21,7 +21,6 @@ from hotset.functions.codecs import JSON, Body
 from hotset.functions.encoding import StreamFormat, stream_format, to_json
 from hotset.functions.inspection import signature_of
 
-
 _SHOWN_CHARACTERS = 2000
 """How much of an exception's text an answer repeats."""
 
