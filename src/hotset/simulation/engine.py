@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 
 import msgspec
 
-from hotset.errors import InvariantError
+from hotset.errors import ConfigurationError, InvariantError
 from hotset.scheduling.actions import Action, Load, Reject, Run, Unload
 from hotset.scheduling.events import Event, GpuJoined, GpuLost, ModelAdded, ModelLoaded, RequestArrived, RunFinished
 from hotset.scheduling.scheduler import Scheduler
@@ -73,8 +73,12 @@ class Engine:
                 if progress is not None:
                     progress(self.now_s)
             arrival = next(upcoming, None)
+        if self._open and not self.scheduler.cluster.gpus:
+            raise ConfigurationError(
+                f"every GPU failed and {len(self._open)} requests wait for ever; let one come back"
+            )
         if self._open:
-            raise InvariantError(f"{len(self._open)} requests never ended (every GPU is gone)")
+            raise InvariantError(f"{len(self._open)} requests never ended")
         return self.recorder.result()
 
     def _arrive(self, request_id: int, arrival: Arrival) -> None:

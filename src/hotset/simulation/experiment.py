@@ -58,7 +58,7 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A table by function; one cost for all functions; None: the paper's 22 architectures, dealt out by the seed."""
 
     def hardware(self, functions: Sequence[str], seed: int, load_scale: float = 1.0) -> Hardware:
-        """The cluster for these functions. Raises ``ConfigurationError`` for a function that the table lacks."""
+        """The cluster for these functions. Raises ``ConfigurationError`` when a function is not in the table, or no model fits."""
         models = self.models
         if models is None:
             costs = paper_costs(functions, seed, load_scale=load_scale)
@@ -69,6 +69,12 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
             if missing is not None:
                 raise ConfigurationError(f"the table of models has no row for function {missing!r}; add one")
             costs = {name: scaled(models[name], load_scale) for name in functions}
+        smallest_bytes = min((cost.memory_bytes for cost in costs.values()), default=0)
+        if smallest_bytes > self.gpu_memory_bytes:
+            raise ConfigurationError(
+                f"no model fits: the smallest takes {smallest_bytes} bytes, a GPU has {self.gpu_memory_bytes}; "
+                "give GPUs more memory"
+            )
         return Hardware(gpus=make_gpus(self.gpus, self.gpu_memory_bytes), costs=costs)
 
 
@@ -298,13 +304,16 @@ def _summary(workload: Workload, variant: Variant, runs: list[SeedRun], baseline
         working_set=len(workload.functions),
         seeds=len(runs),
         first_seed=runs[0].seed,
-        vs_lb=None if baseline is None else _versus(runs, baseline),
+        vs_lb=_versus(runs, baseline) if baseline else None,
         ci95=_intervals(columns),
         per_seed=runs,
     )
 
 
-def _versus(runs: list[SeedRun], baseline: list[SeedRun]) -> VersusLb:
+def _versus(runs: list[SeedRun], baseline: list[SeedRun]) -> VersusLb | None:
+    """None when a run completed nothing, so that there is nothing to compare."""
+    if not all(run.completed for run in (*runs, *baseline)):
+        return None
     pairs = list(zip(runs, baseline, strict=True))
     columns = {
         "latency_reduction": [1 - run.mean_latency_s / other.mean_latency_s for run, other in pairs],
