@@ -25,8 +25,11 @@ from typing import Protocol
 
 import msgspec
 
+from hotset.node.devices.virtual import virtual_gpus
 from hotset.node.interface import Answer, Call, LaunchSpec, NodeListener, ProcessReport
 from hotset.vocabulary import FailureKind, Gpu
+
+__all__ = ["Clock", "Failure", "FakeClock", "FakeFunction", "FakeNode", "Operation", "echo", "virtual_gpus"]
 
 
 class Clock(Protocol):
@@ -85,6 +88,8 @@ class Failure(msgspec.Struct, frozen=True):
     reason: str = "asked to fail"
     answered: int = 0
     """How many calls of a run get their answer before it fails."""
+    memory_bytes: int | None = None
+    """What a load that ran out of memory would have taken."""
 
 
 class Operation(msgspec.Struct, frozen=True):
@@ -126,9 +131,12 @@ class FakeNode:
 
     # What a test does to it
 
-    def fail_load(self, model: str, kind: FailureKind, reason: str = "asked to fail") -> None:
+    def fail_load(
+        self, model: str, kind: FailureKind, reason: str = "asked to fail", memory_bytes: int | None = None
+    ) -> None:
         """The next load of this model fails, when it would have been done."""
-        self._load_failures.setdefault(model, deque()).append(Failure(kind, reason))
+        failure = Failure(kind, reason, memory_bytes=memory_bytes)
+        self._load_failures.setdefault(model, deque()).append(failure)
 
     def fail_run(self, model: str, kind: FailureKind, reason: str = "asked to fail", answered: int = 0) -> None:
         """The next run of this model fails, when it would have been done, after ``answered`` of its calls."""
@@ -255,7 +263,7 @@ class FakeNode:
                 self._gpus[gpu_id].resident[spec.model] = spec
                 self._report.loaded(gpu_id, spec.model, function.load_s, function.memory_bytes)
             else:
-                self._report.load_failed(gpu_id, spec.model, failure.kind, failure.reason)
+                self._report.load_failed(gpu_id, spec.model, failure.kind, failure.reason, failure.memory_bytes)
             self._after_report(gpu_id)
 
         self._later(gpu_id, function.load_s, done)
@@ -315,8 +323,3 @@ class FakeNode:
 def _pop(failures: dict[str, deque[Failure]], model: str) -> Failure | None:
     waiting = failures.get(model)
     return waiting.popleft() if waiting else None
-
-
-def virtual_gpus(count: int, *, memory_bytes: int, node: str = "local") -> list[Gpu]:
-    """``count`` equal virtual GPUs, named ``node/virtual:0`` and on."""
-    return [Gpu(gpu_id=f"{node}/virtual:{index}", memory_bytes=memory_bytes, node=node) for index in range(count)]

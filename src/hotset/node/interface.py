@@ -27,7 +27,7 @@ class LaunchSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Interpreter of the function's environment."""
     env: Mapping[str, str] = msgspec.field(default_factory=dict)
     memory_bytes: int
-    """GPU memory the process may take."""
+    """GPU memory the process is expected to take; what it really takes is measured, and may be all that is free."""
     max_batch: int = 1
     timeout_s: float = 60.0
     """Longest one run may take before the process counts as hung."""

@@ -1,0 +1,1 @@
+"""What a node runs models on: CUDA GPUs, or virtual ones."""

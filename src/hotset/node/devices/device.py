@@ -1,0 +1,38 @@
+"""What a node must know of one device. The work on it is done in the GPU processes, never in the node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from hotset.vocabulary import Gpu
+
+
+class Device(Protocol):
+    """One GPU, real or virtual, as the node sees it. Nothing here blocks for more than a driver call."""
+
+    @property
+    def gpu(self) -> Gpu: ...
+
+    @property
+    def device_name(self) -> str:
+        """What a function's ``load(device)`` gets."""
+        ...
+
+    def environment(self) -> Mapping[str, str]:
+        """Variables for the processes of this device, so that they see it and no other."""
+        ...
+
+    def process_bytes(self, pid: int) -> int | None:
+        """Device memory a process holds; None where only the process itself can tell."""
+        ...
+
+    def utilisation(self) -> float | None:
+        """Share of the last second the device computed, 0 to 1; None where only the node can tell."""
+        ...
+
+    def lost(self) -> str | None:
+        """Why the device cannot be used any more; None: it can."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,162 @@
+"""The frames between a node and its GPU processes: what travels on the Unix stream socket, byte by byte.
+
+A frame is a 16-byte little-endian header and its payload::
+
+    u32 length | u8 kind | u8 flags | u16 status | u64 id        then ``length`` bytes
+
+    node -> process                                    id              payload
+      LOAD     import, load and measure this model     -               LoadOrder (MessagePack)
+      CALL     one request                             request id      u16 u16 sizes, content type, accept, body
+      CANCEL   its client left                         request id      -
+      FREE     an answer's slot was read               offset          -
+      BYE      unload and exit                         -               -
+    process -> node
+      LOADED   the model is ready                      -               Loaded (MessagePack)
+      FAILED   the load failed, or the device did      -               Failed (MessagePack)
+      ANSWER   one result or one chunk of it           request id      f64 seconds, u16 size, content type, body
+      RAN      every call of the run has its answer    -               f64 seconds
+      FREE     a call's slot was read                  offset          -
+
+A CALL flagged LAST ends its run: the calls since the previous LAST are run together or one after the other. An ANSWER
+flagged LAST is the request's final one. With the flag SLOT the body is a reference into shared memory (slots.py): u32
+offset, u32 length.
+
+Nothing from a process is trusted: sizes are checked against ``MAX_BODY_BYTES``, references against the arena, and every
+mistake is a ``FrameError``, which costs that process its life and nobody else anything.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from enum import IntEnum, IntFlag
+
+import msgspec
+
+from hotset.vocabulary import FailureKind
+
+HEADER = struct.Struct("<IBBHQ")
+HEADER_BYTES = HEADER.size
+SLOT_REFERENCE = struct.Struct("<II")
+CALL_PREFIX = struct.Struct("<HH")
+ANSWER_PREFIX = struct.Struct("<dH")
+SECONDS = struct.Struct("<d")
+
+INLINE_BYTES = 64 * 1024
+"""A larger body travels in a shared-memory slot, when one is free."""
+SMALL_FRAME_BYTES = INLINE_BYTES + 4096
+"""Frames up to this size are decoded in the receive buffer; a larger one is received into memory of its own."""
+MAX_BODY_BYTES = 512 * 1024 * 1024
+"""Largest body either side sends; more is an error of that call."""
+MAX_FRAME_BYTES = MAX_BODY_BYTES + 2 * 65536
+"""The body and the two texts before it."""
+
+
+class Kind(IntEnum):
+    LOAD = 1
+    CALL = 2
+    CANCEL = 3
+    FREE = 4
+    BYE = 5
+    LOADED = 6
+    FAILED = 7
+    ANSWER = 8
+    RAN = 9
+
+
+class Flag(IntFlag):
+    LAST = 1
+    SLOT = 2
+
+
+class FrameError(Exception):
+    """The other side broke the protocol."""
+
+
+class LoadOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """What a fresh process needs to become the process of one model."""
+
+    model: str
+    entry: str
+    code_path: str
+    device: str
+    """What the function's ``load(device)`` gets: ``cpu`` or ``cuda:0``."""
+    limit_bytes: int | None = None
+    """Device memory that is free for the model; None: not counted (CPU functions)."""
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
+    memory_bytes: int
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True):
+    kind: FailureKind
+    reason: str
+    memory_bytes: int | None = None
+    """What a load that did not fit would have taken."""
+
+
+def control(kind: Kind, payload: msgspec.Struct | None = None, id: int = 0) -> bytes:
+    """One control frame."""
+    body = b"" if payload is None else msgspec.msgpack.encode(payload)
+    return HEADER.pack(len(body), kind, 0, 0, id) + body
+
+
+_TEXT_LIMIT = 65535
+_call_prefixes: dict[tuple[str, str], bytes] = {}
+_answer_types: dict[bytes, str] = {}
+_CACHE_ENTRIES = 256
+
+
+def _text(text: str) -> bytes:
+    return text.encode("latin-1", "replace")[:_TEXT_LIMIT]
+
+
+def call_prefix(content_type: str, accept: str) -> bytes:
+    """What precedes a call's body; the same few strings come again and again."""
+    key = (content_type, accept)
+    prefix = _call_prefixes.get(key)
+    if prefix is None:
+        content, wanted = _text(content_type), _text(accept)
+        prefix = CALL_PREFIX.pack(len(content), len(wanted)) + content + wanted
+        if len(_call_prefixes) >= _CACHE_ENTRIES:
+            _call_prefixes.clear()
+        _call_prefixes[key] = prefix
+    return prefix
+
+
+def split_call(payload: bytes | memoryview) -> tuple[str, str, int]:
+    """Content type, accept, and where the body starts."""
+    content_size, accept_size = CALL_PREFIX.unpack_from(payload)
+    middle = CALL_PREFIX.size + content_size
+    end = middle + accept_size
+    return (
+        str(payload[CALL_PREFIX.size : middle], "latin-1"),
+        str(payload[middle:end], "latin-1"),
+        end,
+    )
+
+
+def split_answer(payload: bytes | bytearray | memoryview, start: int, end: int) -> tuple[float, str, int]:
+    """Seconds, content type, and where the body starts, of an answer at ``payload[start:end]``.
+
+    Raises ``FrameError`` when it does not add up.
+    """
+    body = start + ANSWER_PREFIX.size
+    if body > end:
+        raise FrameError("an answer that is shorter than its own prefix")
+    inference_s, size = ANSWER_PREFIX.unpack_from(payload, start)
+    if body + size > end:
+        raise FrameError("an answer whose content type runs past its end")
+    if not 0 <= inference_s < math.inf:
+        raise FrameError("an answer that took an impossible time")
+    raw = bytes(payload[body : body + size])
+    content_type = _answer_types.get(raw)
+    if content_type is None:
+        content_type = raw.decode("latin-1")
+        if not content_type.isprintable():
+            raise FrameError("an answer whose content type is not printable")
+        if len(_answer_types) >= _CACHE_ENTRIES:
+            _answer_types.clear()
+        _answer_types[raw] = content_type
+    return inference_s, content_type, body + size

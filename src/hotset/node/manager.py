@@ -1,0 +1,157 @@
+"""The GPU Manager: owns this machine's GPUs and the processes on them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+import psutil  # type: ignore[import-untyped]
+
+from hotset.errors import ConfigurationError
+from hotset.node.devices.cuda import Nvml, cuda_devices
+from hotset.node.devices.device import Device
+from hotset.node.devices.virtual import virtual_devices
+from hotset.node.interface import Call, LaunchSpec, NodeListener, ProcessReport
+from hotset.node.lane import Lane, LoadOperation, RunOperation, UnloadOperation
+from hotset.node.spawner import ProcessSource, Spawner
+from hotset.vocabulary import Gpu
+
+_PROBE_S = 2.0
+"""How often a node that cannot start processes tries whether it can again."""
+
+
+class LocalNode:
+    """``Node`` for this machine: its CUDA GPUs (``cuda=True``), or so many ``virtual_gpus`` of ``memory_bytes`` each.
+
+    ``memory_bytes`` with ``cuda=True``: what models may use of each GPU, instead of what is free. ``source``: where
+    processes come from; ``nvml``: how CUDA GPUs are found.
+    """
+
+    def __init__(
+        self,
+        *,
+        virtual_gpus: int = 0,
+        memory_bytes: int | None = None,
+        cuda: bool = False,
+        name: str = "local",
+        source: ProcessSource | None = None,
+        nvml: Nvml | None = None,
+    ) -> None:
+        if virtual_gpus < 0 or (memory_bytes is not None and memory_bytes <= 0):
+            raise ConfigurationError("the number of virtual GPUs and their memory must be positive")
+        if virtual_gpus and memory_bytes is None:
+            raise ConfigurationError("virtual GPUs need a size: give --gpu-memory, for example --gpu-memory 2GiB")
+        if bool(virtual_gpus) == cuda:
+            raise ConfigurationError("a node has either CUDA GPUs or virtual ones: choose one")
+        self._virtual_gpus = virtual_gpus
+        self._memory_bytes = memory_bytes
+        self._name = name
+        self._source = source or Spawner()
+        self._nvml = nvml
+        self._lanes: dict[str, Lane] = {}
+        self._where: dict[int, Lane] = {}
+        self._probing: asyncio.TimerHandle | None = None
+
+    @property
+    def gpus(self) -> Sequence[Gpu]:
+        """Those found by ``start`` and not lost since."""
+        return [lane.device.gpu for lane in self._lanes.values() if not lane.over]
+
+    async def start(self, listener: NodeListener) -> None:
+        devices: Sequence[Device]
+        if self._virtual_gpus:
+            assert self._memory_bytes is not None
+            devices = virtual_devices(self._virtual_gpus, memory_bytes=self._memory_bytes, node=self._name)
+        else:
+            devices = cuda_devices(self._nvml, memory_bytes=self._memory_bytes, node=self._name)
+        lanes = [Lane(device, listener, self._source, self._where) for device in devices]
+        self._lanes = {lane.gpu_id: lane for lane in lanes}
+
+    async def stop(self) -> None:
+        if self._probing is not None:
+            self._probing.cancel()
+        await asyncio.gather(*(lane.stop() for lane in self._lanes.values()))
+        for lane in self._lanes.values():
+            lane.device.close()
+        self._lanes = {}
+        self._source.close()
+
+    def load(self, gpu_id: str, spec: LaunchSpec) -> None:
+        self._lanes[gpu_id].submit(LoadOperation(spec))
+
+    def unload(self, gpu_id: str, model: str) -> None:
+        self._lanes[gpu_id].submit(UnloadOperation(model))
+
+    def run(self, gpu_id: str, model: str, calls: Sequence[Call]) -> None:
+        lane = self._lanes[gpu_id]
+        for call in calls:
+            self._where[call.request_id] = lane
+        lane.submit(RunOperation(model, calls))
+
+    def cancel(self, request_id: int) -> None:
+        lane = self._where.get(request_id)
+        if lane is not None:
+            lane.cancel(request_id)
+
+    def healthy(self) -> bool:
+        """False while no GPU is left, or the system will not start processes; the latter is tried again by itself."""
+        if any(lane.spawn_failed for lane in self._lanes.values()):
+            if self._probing is None:
+                self._probing = asyncio.get_running_loop().call_later(_PROBE_S, self._probe)
+            return False
+        return bool(self.gpus)
+
+    def processes(self) -> list[ProcessReport]:
+        """Those whose model is loading or resident. Reading their memory takes about a millisecond each."""
+        reports = []
+        for lane in self._lanes.values():
+            for process in lane.processes.values():
+                private_bytes, shared_bytes = host_memory(process.pid)
+                reports.append(
+                    ProcessReport(
+                        gpu_id=lane.gpu_id,
+                        model=process.spec.model,
+                        pid=process.pid,
+                        device_bytes=lane.device.process_bytes(process.pid) or process.memory_bytes,
+                        private_bytes=private_bytes,
+                        shared_bytes=shared_bytes,
+                    )
+                )
+        return reports
+
+    def utilisation(self) -> Mapping[str, float]:
+        shares = {}
+        for lane in self._lanes.values():
+            measured = lane.device.utilisation()
+            shares[lane.gpu_id] = lane.meter.share() if measured is None else measured
+        return shares
+
+    def _probe(self) -> None:
+        """Start a process and end it: if that works, the next load may work too."""
+        self._probing = None
+        try:
+            spawned = self._source.spawn(sys.executable, {})
+        except OSError:
+            self._probing = asyncio.get_running_loop().call_later(_PROBE_S, self._probe)
+            return
+        spawned.socket.close()
+        os.killpg(spawned.process.pid, signal.SIGKILL)
+        spawned.process.reap()
+        self._source.forget(spawned.process.pid)
+        for descriptor in (spawned.arena_fd, spawned.log_fd, spawned.pidfd):
+            os.close(descriptor)
+        for lane in self._lanes.values():
+            lane.spawn_failed = False
+
+
+def host_memory(pid: int) -> tuple[int, int]:
+    """Bytes of host memory a process has for itself, and its share (PSS) of what it has with others; zeros once it is
+    gone."""
+    try:
+        memory = psutil.Process(pid).memory_full_info()
+    except psutil.Error:
+        return 0, 0
+    return memory.uss, max(0, memory.pss - memory.uss)

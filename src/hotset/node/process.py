@@ -1,0 +1,321 @@
+"""One process of one model, from spawn to reaping: the same for a GPU's processes and for CPU functions.
+
+    STARTING --loaded--> READY --run--> RUNNING --ran--> READY --end--> ENDING --reaped--> ENDED
+
+Whatever goes wrong, in any state, leads to ENDING: the process group is killed, and its owner hears of it once, when
+the process is reaped and what it had sent before has been delivered. Its memory is free by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from enum import Enum
+from time import monotonic
+from typing import Protocol
+
+import msgspec
+
+from hotset.node.frames import Failed, FrameError, Kind, Loaded, LoadOrder, control
+from hotset.node.interface import Answer, Call, LaunchSpec
+from hotset.node.logs import LogReader
+from hotset.node.spawner import ProcessSource, Spawned, return_code_text
+from hotset.node.transport import ProcessTransport
+from hotset.vocabulary import FailureKind
+
+GRACE_S = 2.0
+"""Between asking a process to end and SIGKILL."""
+_LAST_WORDS_S = 1.0
+"""How long the socket of a dead process may stay open (somebody else holds it) before it is closed for it."""
+
+
+class ProcessState(Enum):
+    STARTING = "starting"
+    READY = "ready"
+    RUNNING = "running"
+    ENDING = "ending"
+    ENDED = "ended"
+
+
+class Ending(msgspec.Struct, frozen=True):
+    """Why a process is gone."""
+
+    kind: FailureKind | None
+    """None: it was asked to end."""
+    reason: str
+    started: bool = True
+    """False: the operating system would not start it."""
+    memory_bytes: int | None = None
+    """What a load that did not fit would have taken."""
+
+
+class ProcessOwner(Protocol):
+    """Who started a process. The methods must not raise."""
+
+    def process_loaded(self, process: ModelProcess, memory_bytes: int) -> None: ...
+
+    def process_answered(self, process: ModelProcess, answer: Answer) -> None: ...
+
+    def process_ran(self, process: ModelProcess, inference_s: float) -> None:
+        """The oldest run is done."""
+        ...
+
+    def process_logged(self, process: ModelProcess, line: str) -> None: ...
+
+    def process_ended(self, process: ModelProcess, ending: Ending) -> None: ...
+
+
+class Deadline:
+    """A timer that costs nothing to move later: it looks at the clock only when it fires."""
+
+    def __init__(self, expired: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._expired = expired
+        self._due_s: float | None = None
+        self._handle: asyncio.TimerHandle | None = None
+
+    def set(self, seconds: float) -> None:
+        """Expire ``seconds`` from now, whatever was set before."""
+        self._due_s = due_s = self._loop.time() + seconds
+        if self._handle is None or self._handle.when() > due_s:
+            self.cancel()
+            self._due_s = due_s
+            self._handle = self._loop.call_at(due_s, self._fire)
+
+    def clear(self) -> None:
+        """Do not expire."""
+        self._due_s = None
+
+    def cancel(self) -> None:
+        """Do not expire, and leave nothing with the loop."""
+        self._due_s = None
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _fire(self) -> None:
+        self._handle = None
+        if self._due_s is None:
+            return
+        left_s = self._due_s - self._loop.time()
+        if left_s > 0:
+            self._handle = self._loop.call_later(left_s, self._fire)
+        else:
+            self._due_s = None
+            self._expired()
+
+
+class ModelProcess:
+    """The process of one model. Make it and ``start`` it on the running event loop."""
+
+    def __init__(
+        self, owner: ProcessOwner, spec: LaunchSpec, order: LoadOrder, source: ProcessSource, env: Mapping[str, str]
+    ) -> None:
+        self.spec = spec
+        self.state = ProcessState.STARTING
+        self.pid = 0
+        self.loaded = False
+        """Its load succeeded, some time."""
+        self.memory_bytes = 0
+        """As measured after the load."""
+        self.started_s = monotonic()
+        self._owner = owner
+        self._order = order
+        self._source = source
+        self._env = env
+        self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._expired)
+        self._ending: Ending | None = None
+        self._spawned: Spawned | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._transport: ProcessTransport | None = None
+        self._log: LogReader | None = None
+        self._runs: deque[tuple[int, ...]] = deque()
+        self._outstanding: set[int] = set()
+        self._return_code: int | None = None
+        self._closed = False
+        self._oom_kills = 0
+
+    # What its owner asks for
+
+    def start(self) -> None:
+        """Spawn it and have it load; answered by ``process_loaded`` or ``process_ended``, never from inside."""
+        self._oom_kills = _oom_kills()
+        try:
+            spawned = self._source.spawn(self.spec.python, self._env)
+        except OSError as error:
+            self.state = ProcessState.ENDED
+            self._loop.call_soon(self._owner.process_ended, self, _not_started(self.spec, error))
+            return
+        self._spawned = spawned
+        self.pid = spawned.process.pid
+        self._log = LogReader(spawned.log_fd, lambda line: self._owner.process_logged(self, line))
+        self._transport = ProcessTransport(self, spawned.arena_fd)
+        self._transport.send(control(Kind.LOAD, self._order))
+        self._loop.add_reader(spawned.pidfd, self._exited)
+        self._deadline.set(self.spec.load_timeout_s)
+        self._connecting = self._loop.create_task(self._connect(spawned, self._transport))
+
+    def run(self, calls: Sequence[Call]) -> None:
+        """Answer these calls; several runs are done in order. Only for a READY or RUNNING process."""
+        assert self._transport is not None
+        request_ids = tuple([call.request_id for call in calls])
+        self._runs.append(request_ids)
+        self._outstanding.update(request_ids)
+        if self.state is ProcessState.READY:
+            self.state = ProcessState.RUNNING
+            self._deadline.set(self.spec.timeout_s)
+        self._transport.send_run(calls)
+
+    def cancel(self, request_id: int) -> bool:
+        """The client of this request left. False: it is not (or no longer) among this process's."""
+        if request_id not in self._outstanding or self._transport is None:
+            return False
+        self._transport.send(control(Kind.CANCEL, id=request_id))
+        return True
+
+    def end(self) -> None:
+        """End it: in good order when it is idle, by SIGTERM when it is not, by SIGKILL after ``GRACE_S``."""
+        if self.state in (ProcessState.ENDING, ProcessState.ENDED):
+            return
+        idle = self.state is ProcessState.READY
+        self._end_because(Ending(None, "asked to end"))
+        if idle and self._transport is not None:
+            self._transport.send(control(Kind.BYE))
+        else:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+
+    @property
+    def in_flight(self) -> int:
+        """Runs that are not done."""
+        return len(self._runs)
+
+    @property
+    def answered(self) -> tuple[int, ...]:
+        """Requests of the oldest unfinished run that have their answer."""
+        run = self._runs[0] if self._runs else ()
+        return tuple(request_id for request_id in run if request_id not in self._outstanding)
+
+    # What the process says (FrameHandler)
+
+    def on_loaded(self, loaded: Loaded) -> None:
+        if self.state is ProcessState.ENDING:
+            return
+        if self.state is not ProcessState.STARTING or loaded.memory_bytes < 0:
+            raise FrameError("an untimely or impossible LOADED")
+        self.state = ProcessState.READY
+        self.loaded = True
+        self.memory_bytes = loaded.memory_bytes
+        self._deadline.clear()
+        self._owner.process_loaded(self, loaded.memory_bytes)
+
+    def on_answer(self, answer: Answer) -> None:
+        if answer.request_id not in self._outstanding:
+            raise FrameError("an answer to a request it does not have")
+        if answer.final:
+            self._outstanding.discard(answer.request_id)
+        self._owner.process_answered(self, answer)
+
+    def on_ran(self, inference_s: float) -> None:
+        if not self._runs or not self._outstanding.isdisjoint(self._runs[0]):
+            raise FrameError("the end of a run that has unanswered calls")
+        self._runs.popleft()
+        if self.state is ProcessState.RUNNING:
+            if self._runs:
+                self._deadline.set(self.spec.timeout_s)
+            else:
+                self.state = ProcessState.READY
+                self._deadline.clear()
+        self._owner.process_ran(self, inference_s)
+
+    def on_failed(self, failed: Failed) -> None:
+        # It exits by itself now; the deadline sees to it.
+        self._end_because(Ending(failed.kind, failed.reason, memory_bytes=failed.memory_bytes))
+
+    def on_closed(self, broken: str | None) -> None:
+        self._closed = True
+        if broken is not None:
+            self._end_because(Ending(FailureKind.CRASH, f"sent {broken}"))
+        # A process that has closed its socket is of no use, if it is not gone already.
+        self._kill()
+        self._ended_if_over()
+
+    # Inside
+
+    async def _connect(self, spawned: Spawned, transport: ProcessTransport) -> None:
+        try:
+            await self._loop.create_unix_connection(lambda: transport, sock=spawned.socket)
+        except OSError:
+            spawned.socket.close()
+            transport.connection_lost(None)
+
+    def _end_because(self, ending: Ending) -> None:
+        """The first reason counts."""
+        if self._ending is None:
+            self._ending = ending
+            self.state = ProcessState.ENDING
+            self._deadline.set(GRACE_S)
+
+    def _expired(self) -> None:
+        if self.state is ProcessState.STARTING:
+            limit = f"{self.spec.load_timeout_s:g} s: make load faster or raise load_timeout"
+            self._end_because(Ending(FailureKind.HANG, f"did not load within {limit}"))
+        elif self.state is ProcessState.RUNNING:
+            limit = f"{self.spec.timeout_s:g} s: make predict faster or raise timeout"
+            self._end_because(Ending(FailureKind.HANG, f"did not finish a run within {limit}"))
+        self._kill()
+
+    def _kill(self) -> None:
+        if self._return_code is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def _exited(self) -> None:
+        """It is a zombie: its children go first, while its process group cannot be anybody else's."""
+        assert self._spawned is not None
+        assert self._transport is not None
+        self._loop.remove_reader(self._spawned.pidfd)
+        os.close(self._spawned.pidfd)
+        self._kill()
+        self._return_code = self._spawned.process.reap()
+        self._source.forget(self.pid)
+        self._deadline.cancel()
+        if not self._closed:
+            self._loop.call_later(_LAST_WORDS_S, self._transport.close)
+        self._ended_if_over()
+
+    def _ended_if_over(self) -> None:
+        if self._return_code is None or not self._closed or self.state is ProcessState.ENDED:
+            return
+        assert self._log is not None
+        self.state = ProcessState.ENDED
+        self._log.close()
+        self._owner.process_ended(self, self._ending or self._crash(self._return_code, self._log.last_line))
+
+    def _crash(self, return_code: int, last_line: str) -> Ending:
+        if return_code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
+            return Ending(FailureKind.OUT_OF_MEMORY, "was killed by the kernel because the machine had no memory left")
+        words = f"; it last printed: {last_line.strip()}" if last_line else ""
+        return Ending(FailureKind.CRASH, return_code_text(return_code) + words)
+
+
+def _not_started(spec: LaunchSpec, error: OSError) -> Ending:
+    if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError):
+        return Ending(FailureKind.ERROR, f"{spec.python} cannot be run ({error.strerror}): deploy {spec.model} again")
+    return Ending(
+        FailureKind.CRASH, f"the system would not start a process ({error.strerror}): free what it lacks", started=False
+    )
+
+
+def _oom_kills() -> int:
+    """How often the kernel's out-of-memory killer has struck since boot."""
+    with open("/proc/vmstat") as counters:
+        for line in counters:
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0

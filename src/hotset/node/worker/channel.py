@@ -1,0 +1,205 @@
+"""The process's end of the socket: blocking reads, replies gathered and sent together."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+
+import msgspec
+
+from hotset.node.frames import (
+    ANSWER_PREFIX,
+    HEADER,
+    HEADER_BYTES,
+    INLINE_BYTES,
+    SECONDS,
+    SLOT_REFERENCE,
+    SMALL_FRAME_BYTES,
+    Failed,
+    Flag,
+    Kind,
+    Loaded,
+    LoadOrder,
+    control,
+    split_call,
+)
+from hotset.node.interface import Call
+from hotset.node.slots import Slots
+
+_CALL = int(Kind.CALL)
+_ANSWER = int(Kind.ANSWER)
+_RAN = int(Kind.RAN)
+_LAST = int(Flag.LAST)
+_SLOT = int(Flag.SLOT)
+_GATHERED_PARTS = 256
+"""Replies are sent at the latest when this many pieces wait."""
+_JOINED_BYTES = 1024 * 1024
+"""Up to this size one copy and one ``send`` are cheaper than a ``send`` per piece."""
+
+
+class ClosedError(Exception):
+    """The node is gone."""
+
+
+class ByeError(Exception):
+    """The node wants this process to end."""
+
+
+class Channel:
+    """Everything a GPU process hears and says. The node is trusted, so nothing is checked here.
+
+    ``cancelled`` holds the requests whose client left, as far as the frames received so far tell.
+    """
+
+    def __init__(self, sock: socket.socket, arena_fd: int) -> None:
+        self.cancelled: set[int] = set()
+        self._socket = sock
+        self._unannounced: deque[int] = deque()
+        # A plain append: the last view of a slot may go in any thread of the function's.
+        self._slots = Slots(arena_fd, second_half=True, on_read=self._unannounced.append)
+        self._buffer = bytearray(4 * SMALL_FRAME_BYTES)
+        self._view = memoryview(self._buffer)
+        self._filled = 0
+        self._orders: deque[LoadOrder] = deque()
+        self._runs: deque[list[Call]] = deque()
+        self._calls: list[Call] = []
+        self._bye = False
+        self._out: list[bytes | memoryview] = []
+
+    # In
+
+    def next_order(self) -> LoadOrder:
+        """Wait for the order to become some model's process. Raises ``ClosedError`` or ``ByeError``."""
+        while not self._orders:
+            self._receive()
+        return self._orders.popleft()
+
+    def next_run(self) -> list[Call]:
+        """The next run; replies leave before it waits. Raises ``ClosedError`` or ``ByeError``."""
+        while not self._runs:
+            self.flush()
+            self._receive()
+        return self._runs.popleft()
+
+    def poll(self) -> None:
+        """Take in what has arrived, without waiting. Raises ``ClosedError`` when the node is gone."""
+        try:
+            self._receive(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+
+    def _receive(self, flags: int = 0) -> None:
+        if self._bye:
+            raise ByeError
+        received = self._socket.recv_into(self._view[self._filled :], 0, flags)
+        if not received:
+            raise ClosedError
+        self._filled += received
+        start = 0
+        while self._filled - start >= HEADER_BYTES:
+            length, kind, frame_flags, _, id = HEADER.unpack_from(self._buffer, start)
+            body = start + HEADER_BYTES
+            end = body + length
+            if end <= self._filled:
+                self._frame(kind, frame_flags, id, bytes(self._view[body:end]))
+                start = end
+                continue
+            if length > SMALL_FRAME_BYTES:
+                start = self._filled
+                self._frame(kind, frame_flags, id, self._receive_large(length, self._view[body : self._filled]))
+            break
+        left = self._filled - start
+        if start and left:
+            self._buffer[:left] = self._buffer[start : self._filled]
+        self._filled = left
+
+    def _receive_large(self, length: int, beginning: memoryview) -> memoryview:
+        payload = memoryview(bytearray(length))
+        payload[: len(beginning)] = beginning
+        filled = len(beginning)
+        while filled < length:
+            received = self._socket.recv_into(payload[filled:])
+            if not received:
+                raise ClosedError
+            filled += received
+        return payload
+
+    def _frame(self, kind: int, flags: int, id: int, payload: bytes | memoryview) -> None:
+        if kind == _CALL:
+            content_type, accept, start = split_call(payload)
+            body = payload[start:]
+            if flags & _SLOT:
+                body = self._slots.read(*SLOT_REFERENCE.unpack(body))
+            self._calls.append(Call(request_id=id, body=body, content_type=content_type, accept=accept))
+            if flags & _LAST:
+                self._runs.append(self._calls)
+                self._calls = []
+        elif kind == Kind.FREE:
+            self._slots.freed(id)
+        elif kind == Kind.CANCEL:
+            self.cancelled.add(id)
+        elif kind == Kind.LOAD:
+            self._orders.append(msgspec.msgpack.decode(payload, type=LoadOrder))
+        elif kind == Kind.BYE:
+            self._bye = True
+
+    @property
+    def idle(self) -> bool:
+        """No run has been received that was not handed out."""
+        return not self._runs and not self._calls
+
+    # Out
+
+    def answer(
+        self,
+        request_id: int,
+        status: int,
+        content_type: str,
+        body: bytes | bytearray | memoryview,
+        inference_s: float,
+        *,
+        final: bool,
+    ) -> None:
+        """Gather one answer, or one chunk of it (not ``final``)."""
+        flags = _LAST if final else 0
+        kind = content_type.encode("latin-1", "replace")
+        if type(body) is not bytes:
+            body = memoryview(body).cast("B")
+        size = len(body)
+        if size > INLINE_BYTES and (offset := self._slots.put(body)) is not None:
+            flags |= _SLOT
+            body = SLOT_REFERENCE.pack(offset, size)
+            size = SLOT_REFERENCE.size
+        prefix = ANSWER_PREFIX.pack(inference_s, len(kind)) + kind
+        self._out.append(HEADER.pack(len(prefix) + size, _ANSWER, flags, status, request_id) + prefix)
+        self._out.append(body)
+        if len(self._out) >= _GATHERED_PARTS:
+            self.flush()
+
+    def ran(self, inference_s: float) -> None:
+        """Gather the end of a run."""
+        self._out.append(HEADER.pack(SECONDS.size, _RAN, 0, 0, 0) + SECONDS.pack(inference_s))
+
+    def loaded(self, memory_bytes: int) -> None:
+        self._out.append(control(Kind.LOADED, Loaded(memory_bytes=memory_bytes)))
+        self.flush()
+
+    def failed(self, failed: Failed) -> None:
+        self._out.append(control(Kind.FAILED, failed))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what was gathered. Raises ``ClosedError`` when the node is gone."""
+        while self._unannounced:
+            self._out.append(control(Kind.FREE, id=self._unannounced.popleft()))
+        if not self._out:
+            return
+        out, self._out = self._out, []
+        try:
+            if sum(map(len, out)) <= _JOINED_BYTES:
+                self._socket.sendall(b"".join(out))
+            else:
+                for part in out:
+                    self._socket.sendall(part)
+        except (BrokenPipeError, ConnectionResetError):
+            raise ClosedError from None

@@ -1,0 +1,59 @@
+"""Which exceptions of a function are more than its own affair."""
+
+from __future__ import annotations
+
+from hotset.node.frames import Failed
+from hotset.vocabulary import FailureKind
+
+# Texts of the CUDA runtime and its libraries. After one of these every later CUDA call of the process fails too, or may
+# compute nonsense ("sticky" errors): only a new process helps.
+_DEVICE_TEXTS = (
+    "cuda error",
+    "cuda driver error",
+    "cudnn_status_execution_failed",
+    "cublas_status_execution_failed",
+    "cublas_status_internal_error",
+    "device-side assert",
+    "nccl error",
+    "hip error",
+)
+_MEMORY_TEXTS = ("cuda out of memory", "cublas_status_alloc_failed", "cuda error: out of memory")
+_DEVICE_CLASSES = ("AcceleratorError", "CudaError")
+
+
+def classify(error: BaseException) -> FailureKind | None:
+    """OUT_OF_MEMORY or DEVICE for what the GPU reported, looking through causes; None: an ordinary exception."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        kind = _classify_one(link)
+        if kind is not None:
+            return kind
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def _classify_one(error: BaseException) -> FailureKind | None:
+    names = {cls.__name__ for cls in type(error).__mro__ if cls.__module__.partition(".")[0] in ("torch", "cupy")}
+    text = str(error).lower()
+    if "OutOfMemoryError" in names or any(mark in text for mark in _MEMORY_TEXTS):
+        return FailureKind.OUT_OF_MEMORY
+    if names.intersection(_DEVICE_CLASSES):
+        return FailureKind.DEVICE
+    if isinstance(error, RuntimeError) and any(mark in text for mark in _DEVICE_TEXTS):
+        return FailureKind.DEVICE
+    return None
+
+
+def describe(error: BaseException) -> str:
+    """``TypeError: the first line of its message``."""
+    message = str(error).strip().partition("\n")[0]
+    name = type(error).__name__
+    return f"{name}: {message}" if message else name
+
+
+def load_failure(error: BaseException) -> Failed:
+    """How a load that raised ``error`` is reported."""
+    kind = classify(error) or (FailureKind.OUT_OF_MEMORY if isinstance(error, MemoryError) else FailureKind.ERROR)
+    return Failed(kind=kind, reason=describe(error))

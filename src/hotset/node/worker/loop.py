@@ -1,0 +1,201 @@
+"""What a GPU process does: load one model, then run what it is sent, until the node says bye or is gone.
+
+A plain blocking loop. Nothing runs beside the model: no thread, no event loop, no timer; whether a run takes too long
+is for the node to judge.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from enum import IntEnum
+from time import perf_counter
+
+from hotset.functions.loading import load_entry
+from hotset.functions.runtime import Call as Argument
+from hotset.functions.runtime import Outcome, Runtime, Stream
+from hotset.node.frames import MAX_BODY_BYTES, Failed, LoadOrder
+from hotset.node.interface import Call
+from hotset.node.worker.channel import ByeError, Channel, ClosedError
+from hotset.node.worker.faults import classify, describe, load_failure
+from hotset.node.worker.memory import cuda_bytes, measure, private_bytes
+from hotset.vocabulary import FailureKind
+
+_TINY_S = 100e-6
+"""After a call or item this short the next one is expected to be as short: its reply may wait and leave with others."""
+_HELD_S = 200e-6
+"""But no reply waits longer than this for the next call to begin."""
+_TOO_LARGE = b'{"error":"the answer has more than %d bytes: return less, or yield it in parts"}' % MAX_BODY_BYTES
+
+
+class Exit(IntEnum):
+    """Exit codes of a GPU process that ends by itself."""
+
+    BYE = 0
+    LOAD_FAILED = 70
+    DEVICE_FAILED = 71
+
+
+class DeviceError(Exception):
+    """The GPU, or its memory, failed under a call; this process must end."""
+
+    def __init__(self, failed: Failed) -> None:
+        self.failed = failed
+
+
+class Worker:
+    """One process, one model."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._runtime: Runtime | None = None
+        self._last_s = 0.0
+        self._flushed_s = 0.0
+
+    def main(self) -> Exit:
+        """Live and die. Every way out but a crash comes through here."""
+        try:
+            order = self._channel.next_order()
+            failed = self._load(order)
+            if failed is not None:
+                self._channel.failed(failed)
+                return Exit.LOAD_FAILED
+            while True:
+                self._run(self._channel.next_run())
+        except DeviceError as error:
+            self._channel.failed(error.failed)
+            return Exit.DEVICE_FAILED
+        except ByeError:
+            self._unload()
+        except ClosedError:
+            pass
+        return Exit.BYE
+
+    # Load and unload
+
+    def _load(self, order: LoadOrder) -> Failed | None:
+        if os.path.isdir(order.code_path):
+            os.chdir(order.code_path)
+        try:
+            function = load_entry(order.code_path, order.entry)
+            _limit_cuda(order)
+            before_bytes = private_bytes()
+            runtime = Runtime(function, order.device)
+            runtime.load()
+        except Exception as error:  # noqa: BLE001 - whatever a user's load raises is reported, with its traceback in the log
+            traceback.print_exc()
+            return load_failure(error)
+        memory_bytes = 0
+        if order.limit_bytes is not None:
+            growth_bytes = max(0, private_bytes() - before_bytes)
+            memory_bytes = cuda_bytes() or measure(runtime.instance, growth_bytes)
+            if memory_bytes > order.limit_bytes:
+                return Failed(
+                    kind=FailureKind.OUT_OF_MEMORY,
+                    reason=f"takes {_mib(memory_bytes)} once loaded, but its GPU had {_mib(order.limit_bytes)} free",
+                    memory_bytes=memory_bytes,
+                )
+        self._runtime = runtime
+        self._channel.loaded(memory_bytes)
+        return None
+
+    def _unload(self) -> None:
+        if self._runtime is None:
+            return
+        try:
+            self._runtime.unload()
+        except Exception:  # noqa: BLE001 - the process ends either way; its log says what went wrong
+            traceback.print_exc()
+
+    # Run
+
+    def _run(self, calls: list[Call]) -> None:
+        begin_s = perf_counter()
+        assert self._runtime is not None
+        if self._runtime.signature.batched:
+            self._run_batch(calls)
+        else:
+            # Popped, so that nothing here keeps a call's shared-memory slot once it is answered.
+            calls.reverse()
+            while calls:
+                self._run_one(calls.pop())
+        self._channel.ran(perf_counter() - begin_s)
+        if self._channel.cancelled and self._channel.idle:
+            self._channel.cancelled.clear()
+
+    def _run_one(self, call: Call) -> None:
+        assert self._runtime is not None
+        begin_s = self._flush_if_due()
+        if call.request_id in self._channel.cancelled:
+            self._channel.answer(call.request_id, 200, call.content_type, b"", 0.0, final=True)
+            return
+        outcome = self._runtime.call(call.body, call.content_type, call.accept)
+        self._answer(call.request_id, outcome, begin_s)
+        self._last_s = perf_counter() - begin_s
+
+    def _run_batch(self, calls: list[Call]) -> None:
+        assert self._runtime is not None
+        begin_s = perf_counter()
+        request_ids = [call.request_id for call in calls]
+        arguments = [Argument(call.body, call.content_type, call.accept) for call in calls]
+        calls.clear()
+        outcomes = self._runtime.call_batch(arguments)
+        self._last_s = perf_counter() - begin_s
+        for request_id, outcome in zip(request_ids, outcomes, strict=True):
+            self._answer(request_id, outcome, begin_s)
+
+    def _answer(self, request_id: int, outcome: Outcome, begin_s: float) -> None:
+        _raise_device_errors(outcome.error)
+        if outcome.stream is not None:
+            self._stream(request_id, outcome, outcome.stream, begin_s)
+        elif len(outcome.body) > MAX_BODY_BYTES:
+            spent_s = perf_counter() - begin_s
+            self._channel.answer(request_id, 500, "application/json", _TOO_LARGE, spent_s, final=True)
+        else:
+            spent_s = perf_counter() - begin_s
+            self._channel.answer(request_id, outcome.status, outcome.content_type, outcome.body, spent_s, final=True)
+
+    def _stream(self, request_id: int, outcome: Outcome, stream: Stream, begin_s: float) -> None:
+        channel = self._channel
+        try:
+            item_s = perf_counter()
+            for item in stream:
+                now_s = perf_counter()
+                self._last_s, item_s = now_s - item_s, now_s
+                channel.answer(request_id, outcome.status, outcome.content_type, item, now_s - begin_s, final=False)
+                self._flush_if_due()
+                channel.poll()
+                if request_id in channel.cancelled:
+                    break
+        finally:
+            stream.close()
+        _raise_device_errors(stream.error)
+        channel.answer(request_id, outcome.status, outcome.content_type, b"", perf_counter() - begin_s, final=True)
+
+    def _flush_if_due(self) -> float:
+        """Before work of unknown length: let gathered replies go, unless work is tiny and they are fresh. The time."""
+        now_s = perf_counter()
+        if self._last_s > _TINY_S or now_s - self._flushed_s > _HELD_S:
+            self._channel.flush()
+            self._flushed_s = now_s
+        return now_s
+
+
+def _raise_device_errors(error: Exception | None) -> None:
+    kind = None if error is None else classify(error)
+    if error is not None and kind is not None:
+        raise DeviceError(Failed(kind=kind, reason=describe(error)))
+
+
+def _limit_cuda(order: LoadOrder) -> None:
+    """Make torch refuse what is over the model's limit: a greedy model fails alone, its neighbours do not."""
+    torch = sys.modules.get("torch")
+    if torch is None or order.limit_bytes is None or not order.device.startswith("cuda"):
+        return
+    total_bytes = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, order.limit_bytes / total_bytes), 0)
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 20):.1f} MiB"
