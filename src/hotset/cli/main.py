@@ -32,6 +32,7 @@ COMMANDS: dict[str, Lazy] = {
     "bench": Lazy("hotset.cli.bench:bench", "Call deployed functions as a workload says, and measure."),
     "deploy": Lazy("hotset.cli.deploy:deploy", "Deploy a function from a file or a folder."),
     "describe": Lazy("hotset.cli.functions:describe", "Show everything about one function."),
+    "dev": Lazy("hotset.cli.dev:dev", "Run one function in the foreground, reloading it when it changes."),
     "explain": Lazy("hotset.cli.watch:explain", "Say why a call went where it went."),
     "invoke": Lazy("hotset.cli.functions:invoke", "Call a function."),
     "list": Lazy("hotset.cli.functions:list_functions", "List the functions in service."),
