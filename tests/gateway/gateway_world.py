@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from hotset.gateway.calls import PendingCall, Result
-from hotset.gateway.control import Control, ControlConfig, CpuPool
+from hotset.gateway.control import Control, ControlConfig
 from hotset.gateway.functions import VersionSpec
 from hotset.node.fake import FakeClock, FakeFunction, FakeNode, virtual_gpus
 from hotset.node.interface import LaunchSpec

@@ -156,7 +156,8 @@ class PendingCall:
 
     def record(self, status: int, now_s: float, inference_s: float = 0.0) -> CallRecord:
         """The call as it stands at ``now_s``."""
-        until_s = now_s if self.run_s is None else self.run_s
+        # The CPU pool does not say when a run begins, only how long it took.
+        until_s = now_s - inference_s if self.run_s is None else self.run_s
         return CallRecord(
             request_id=self.request_id,
             function=self.version.function,

@@ -25,7 +25,8 @@ from hotset.gateway.functions import Functions, Learned, Version, VersionSpec
 from hotset.gateway.logbook import Logbook, LogLine
 from hotset.gateway.metrics import FunctionMetrics, GpuMetrics
 from hotset.gateway.statuses import CLIENT_CLOSED, STATUS, WAIT_BEFORE_RETRY_S, error_body
-from hotset.node.interface import Answer, Call, LaunchSpec, Node, NodeListener, ProcessReport
+from hotset.node.cpu import CpuPool
+from hotset.node.interface import Answer, Call, Node, ProcessReport
 from hotset.scheduling.actions import Load, Reject, Run, Unload
 from hotset.scheduling.events import (
     Event,
@@ -59,24 +60,6 @@ class Clock(Protocol):
     def time(self) -> float: ...
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> object: ...
-
-
-class CpuPool(Protocol):
-    """Where plain functions run (``hotset.node.cpu``); it reports to the control loop as a node does."""
-
-    async def start(self, listener: NodeListener) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    def run(self, spec: LaunchSpec, call: Call) -> None:
-        """Answered by ``answered``, or by ``run_failed`` with an empty GPU id."""
-        ...
-
-    def cancel(self, request_id: int) -> None: ...
-
-    def forget(self, model: str) -> None:
-        """The version is gone: end its processes."""
-        ...
 
 
 class ControlConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,9 +112,9 @@ class Control:
     async def start(self) -> None:
         """Start the nodes and take calls; raises ``NodeError`` when a node has nothing to run on."""
         self._loop = asyncio.get_running_loop()
-        clock = self._clock or self._loop
-        self._now = clock.time
-        self._call_later = clock.call_later
+        # Not the loop's own clock: uvloop's counts in whole milliseconds.
+        self._now = self._clock.time if self._clock is not None else time.monotonic
+        self._call_later = (self._clock or self._loop).call_later
         self.started_s = self._now()
         self.started_unix_s = self._unix_time()
         for node in self._nodes:
@@ -516,8 +499,9 @@ class Control:
         return records
 
     def processes(self) -> list[ProcessReport]:
-        """Every GPU process, as the operating system and the devices see them."""
-        return [report for node in self._nodes for report in node.processes()]
+        """Every process of a function, as the operating system and the devices see them."""
+        of_nodes = [report for node in self._nodes for report in node.processes()]
+        return of_nodes if self._cpu is None else of_nodes + self._cpu.processes()
 
     def function_metrics(self) -> Iterable[FunctionMetrics]:
         return self.functions.metrics()

@@ -28,7 +28,7 @@ TAIL_LINES = 30
 GUESSES = ("function.py", "main.py", "app.py", "handler.py")
 
 
-class Description(msgspec.Struct, frozen=True, kw_only=True):
+class Description(msgspec.Struct, frozen=True, kw_only=True, tag="description"):
     """What importing a function tells."""
 
     entry: str
@@ -37,7 +37,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     schema: dict[str, Any]
 
 
-class _Failure(msgspec.Struct, frozen=True):
+class _Failure(msgspec.Struct, frozen=True, tag="failure"):
     error: str
 
 
@@ -71,7 +71,7 @@ async def describe(
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env=dict(env),
-        process_group=0,
+        start_new_session=True,
     )
     assert process.stdout is not None
     assert process.stderr is not None

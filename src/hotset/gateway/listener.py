@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -68,12 +68,15 @@ class Listener(uvicorn.Server):
         self._control = control
         self._drain_s = drain_s
         self._draining: asyncio.Task[None] | None = None
+        self._ready: Callable[[], None] = lambda: None
 
-    @property
-    def port(self) -> int:
-        """Where it listens, once ``started``."""
-        port: int = self.servers[0].sockets[0].getsockname()[1]
-        return port
+    def when_started(self, ready: Callable[[], None]) -> None:
+        """Call back once connections are taken."""
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
 
     def stop(self) -> None:
         """What a signal does; harmless when repeated."""

@@ -10,6 +10,7 @@ from hotset.gateway.calls import CallRecord
 from hotset.gateway.control import Control
 from hotset.node.interface import ProcessReport
 from hotset.scheduling.journal import Explanation
+from hotset.vocabulary import Gpu
 
 TRACE_VERSION = 1
 
@@ -75,7 +76,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     """None before the first run."""
     gpus: list[GpuReport]
     functions: list[FunctionState]
-    processes: list[ProcessReport]
+    processes: list[ProcessReport] | None = None
+    """Only when asked for: reading a process's memory takes about a millisecond."""
 
 
 class ExplanationReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +88,27 @@ class ExplanationReport(msgspec.Struct, frozen=True, kw_only=True):
     """None: it has not ended, or is too old."""
     decisions: Explanation | None
     """None: it was never scheduled (a plain function), or is too old."""
+
+
+class TracedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a function's model, declared or learned: what a replay in the simulator needs."""
+
+    memory_bytes: int
+    load_s: float
+    inference_s: float
+
+
+class TraceHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """First line of ``/system/trace``: the server the calls were recorded on (docs/traces.md)."""
+
+    hotset_trace: int = TRACE_VERSION
+    recorded_from_unix_s: float
+    policy: str
+    eviction: str
+    burst_s: float
+    gpus: list[Gpu]
+    models: dict[str, TracedModel]
+    """By function, those in service."""
 
 
 class TraceRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -103,7 +126,7 @@ class TraceRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     duration_s: float = 0.0
 
 
-def state_of(control: Control) -> State:
+def state_of(control: Control, *, processes: bool = False) -> State:
     """A snapshot; linear in GPUs, residents, functions and waiting calls."""
     waiting = control.waiting()
     functions = []
@@ -137,7 +160,7 @@ def state_of(control: Control) -> State:
         hit_ratio=hits / (hits + misses) if hits + misses else None,
         gpus=_gpus(control),
         functions=functions,
-        processes=control.processes(),
+        processes=control.processes() if processes else None,
     )
 
 
@@ -182,9 +205,33 @@ def explain(control: Control, call_id: str) -> ExplanationReport | None:
     return ExplanationReport(call_id=control.ids.public(request_id), request=ended, decisions=decisions)
 
 
-def trace(records: Sequence[CallRecord], start_s: float, start_unix_s: float) -> Iterator[bytes]:
+def trace_header(control: Control) -> TraceHeader:
+    """What the recorded calls ran on, and what their models cost there."""
+    scheduler = control.scheduler
+    cluster, profiles = scheduler.cluster, scheduler.profiles
+    gpus = [gpu.gpu for gpu in cluster.gpus.values()]
+    kind = gpus[0].kind if gpus else ""
+    return TraceHeader(
+        recorded_from_unix_s=control.started_unix_s,
+        policy=scheduler.policy.name,
+        eviction=scheduler.cache.eviction.name,
+        burst_s=scheduler.config.burst_s,
+        gpus=gpus,
+        models={
+            version.function: TracedModel(
+                memory_bytes=cluster.models[version.model].memory_bytes,
+                load_s=profiles.load_s(version.model, kind),
+                inference_s=profiles.inference_s(version.model, kind),
+            )
+            for version in control.functions.current.values()
+            if version.model in cluster.models
+        },
+    )
+
+
+def trace(records: Sequence[CallRecord], header: TraceHeader, start_s: float) -> Iterator[bytes]:
     """The recorded calls as an NDJSON trace, in order of arrival; pieces of up to a thousand lines."""
-    yield msgspec.json.encode({"hotset_trace": TRACE_VERSION, "recorded_from_unix_s": start_unix_s}) + b"\n"
+    yield msgspec.json.encode(header) + b"\n"
     in_order = sorted(records, key=_by_arrival)
     for first in range(0, len(in_order), 1000):
         rows = [_trace_row(record, start_s) for record in in_order[first : first + 1000]]

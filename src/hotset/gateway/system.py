@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
@@ -22,15 +23,18 @@ from hotset.gateway.control import Control
 from hotset.gateway.deployments import Deployment, Deployments
 from hotset.gateway.logbook import LogLine
 from hotset.gateway.metrics import exposition
-from hotset.gateway.state import explain, state_of, trace
+from hotset.gateway.state import explain, state_of, trace, trace_header
 from hotset.gateway.statuses import error_body
 from hotset.store.datastore import FunctionRecord
 
 NDJSON = "application/x-ndjson"
 MAX_JSON_BYTES = 1 << 20
+BUG = "this is a bug in hotset: please report it with what the server logged"
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 T = TypeVar("T")
+
+log = logging.getLogger("hotset.gateway")
 
 
 class FunctionStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -115,7 +119,7 @@ class SystemApi:
                 Route("/healthz", self.health, methods=["GET"]),
                 Route("/metrics", self.metrics, methods=["GET"]),
             ],
-            exception_handlers={HTTPException: _http_error, HotsetError: _hotset_error},
+            exception_handlers={HTTPException: _http_error, HotsetError: _hotset_error, Exception: _bug},
         )
 
     # Functions
@@ -163,6 +167,9 @@ class SystemApi:
             record = await task
         except HotsetError as error:
             yield error_body(str(error), status=_status_of_error(error)) + b"\n"
+        except Exception:
+            log.exception("a deploy failed in a way nobody thought of")
+            yield error_body(BUG, status=500) + b"\n"
         else:
             yield msgspec.json.encode({"deployed": self._status_of(record)}) + b"\n"
 
@@ -237,11 +244,12 @@ class SystemApi:
         return _json(report)
 
     async def state(self, request: Request) -> Response:
-        return _json(state_of(self._control))
+        with_processes = _flag(request.query_params.get("processes", "false"))
+        return _json(state_of(self._control, processes=with_processes))
 
     async def trace(self, request: Request) -> Response:
         control = self._control
-        pieces = trace(list(control.records), control.started_s, control.started_unix_s)
+        pieces = trace(list(control.records), trace_header(control), control.started_s)
         return StreamingResponse(iterate_in_threadpool(pieces), media_type=NDJSON)
 
     async def logs(self, request: Request) -> Response:
@@ -251,7 +259,7 @@ class SystemApi:
         most = _whole(query.get("tail", "-1"), "tail")
         since = query.get("since")
         since_s = 0.0 if not since else _unix_time(since)
-        follow = query.get("follow", "false").lower() in ("1", "true")
+        follow = _flag(query.get("follow", "false"))
         logbook = self._control.logbook
         kept = most if most > 0 else None
         if not follow:
@@ -289,6 +297,10 @@ async def _hotset_error(_: Request, error: Exception) -> Response:
     return Response(error_body(str(error)), status_code=_status_of_error(error), media_type="application/json")
 
 
+async def _bug(_: Request, error: Exception) -> Response:
+    return Response(error_body(BUG), status_code=500, media_type="application/json")
+
+
 def _status_of_error(error: Exception) -> int:
     return 400 if isinstance(error, BundleError | ConfigurationError | FunctionError) else 500
 
@@ -318,6 +330,10 @@ def _decode(body: bytes, kind: type[T]) -> T:
         raise HTTPException(400, f"{error}") from None
     except msgspec.DecodeError as error:
         raise HTTPException(400, f"the body is not JSON: {error}") from None
+
+
+def _flag(value: str) -> bool:
+    return value.lower() in ("1", "true")
 
 
 def _whole(value: str, name: str) -> int:

@@ -1,0 +1,129 @@
+"""``hotset serve``: everything put together, from a configuration to a stop that answers everybody."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from hotset.errors import StoreError
+from hotset.gateway.app import DEFAULT_MAX_BODY_BYTES, Gateway
+from hotset.gateway.control import Control, ControlConfig
+from hotset.gateway.deployments import Deployments
+from hotset.gateway.listener import Listener, bind
+from hotset.gateway.system import SystemApi
+from hotset.node.cpu import CpuPool
+from hotset.node.interface import Node
+from hotset.node.manager import LocalNode
+from hotset.scheduling.eviction import make_eviction
+from hotset.scheduling.policies import make_policy
+from hotset.scheduling.policies.interface import PolicySettings
+from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.store.bundles import Bundles
+from hotset.store.environments import Environments
+from hotset.store.sqlite import SqliteDatastore
+
+PROFILES_EVERY_S = 30.0
+"""How often what was learned is written down; a crash forgets no more than that."""
+
+log = logging.getLogger("hotset.gateway")
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What ``hotset serve`` takes from flags, environment variables and its configuration file."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    """0: any free one."""
+    data: Path
+    """Directory of the datastore, bundles and environments; made when missing."""
+    policy: str = "lalb_o3"
+    o3_limit: int = 25
+    eviction: str = "lru"
+    virtual_gpus: int = 0
+    """0: this machine's CUDA GPUs."""
+    gpu_memory_bytes: int | None = None
+    """What models may use of each GPU; None: what is free (virtual GPUs have no such figure)."""
+    max_queue: int = 10_000
+    """Most calls that wait; one more gets a 429."""
+    max_queue_per_function: int | None = None
+    burst_s: float = 0.002
+    """Waiting calls of one model share a run while it is expected to stay shorter than this."""
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    drain_s: float = 30.0
+    """What calls in flight get to end when the server is told to stop."""
+    recorded_calls: int = 100_000
+    """Finished calls kept for ``/system/trace``."""
+    explained_calls: int = 10_000
+    """Calls whose decisions are kept for ``/system/explain``."""
+    pip_options: tuple[str, ...] = ()
+    """Passed to the installer of functions' requirements."""
+
+
+def serve(config: ServerConfig, *, ready: Callable[[str], None] = log.info) -> None:
+    """Serve until SIGTERM or SIGINT. ``ready`` gets the server's URL once it answers.
+
+    Raises ``HotsetError`` with what to do when it cannot start.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run(config, ready=ready))
+
+
+async def run(
+    config: ServerConfig, *, nodes: Sequence[Node] | None = None, ready: Callable[[str], None] = log.info
+) -> None:
+    """``serve`` on the running loop; ``nodes`` instead of this machine's GPUs."""
+    scheduler = Scheduler(
+        make_policy(config.policy, PolicySettings(o3_limit=config.o3_limit)),
+        make_eviction(config.eviction),
+        SchedulerConfig(
+            max_queue=config.max_queue,
+            max_queue_per_model=config.max_queue_per_function,
+            burst_s=config.burst_s,
+            journal_capacity=config.explained_calls,
+        ),
+    )
+    nodes = nodes or [
+        LocalNode(virtual_gpus=config.virtual_gpus, memory_bytes=config.gpu_memory_bytes, cuda=config.virtual_gpus == 0)
+    ]
+    control = Control(scheduler, nodes, cpu=CpuPool(), config=ControlConfig(recorded_calls=config.recorded_calls))
+    with contextlib.closing(bind(config.host, config.port)) as listening:
+        deployments = Deployments(
+            control,
+            SqliteDatastore(config.data),
+            Bundles(config.data / "bundles"),
+            Environments(config.data / "environments", pip_options=config.pip_options),
+        )
+        try:
+            await control.start()
+            await deployments.restore()
+            gateway = Gateway(
+                control, SystemApi(control, deployments).application(), max_body_bytes=config.max_body_bytes
+            )
+            listener = Listener(gateway, control, drain_s=config.drain_s)
+            listener.when_started(lambda: ready(f"http://{config.host}:{listening.getsockname()[1]}"))
+            gc.collect()
+            gc.freeze()  # what is here now stays: no collection need look at it again
+            saving = asyncio.create_task(_save_profiles(deployments))
+            try:
+                await listener.serve([listening])
+            finally:
+                saving.cancel()
+        finally:
+            await control.stop()
+            await deployments.close()
+
+
+async def _save_profiles(deployments: Deployments) -> None:
+    while True:
+        await asyncio.sleep(PROFILES_EVERY_S)
+        try:
+            await deployments.save_profiles()
+        except StoreError as error:
+            log.error("what was learned could not be written down: %s", error)
