@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import httpx
 import msgspec
+import uvloop
 from rich.console import Console
 from rich.progress import Progress
 
+from hotset.cli.load import LoadClient
 from hotset.cli.options import gateway_option, json_option, print_rows
 from hotset.cli.output import write_json
 from hotset.cli.remote import Remote
@@ -29,7 +30,6 @@ from hotset.simulation.working_set import WorkingSet
 from hotset.simulation.workloads import Arrival, Popularity, Process, Synthetic
 
 MOST_CALLS = 1_000_000
-CONNECTIONS = 256
 
 
 class Body(msgspec.Struct, frozen=True):
@@ -88,7 +88,10 @@ def bench(
     schedule = _schedule(called, zipf, rate, duration_s, Process(arrivals), trace, seed)
     with Progress(console=Console(stderr=True), transient=True, disable=as_json) as progress:
         task = progress.add_task("calling", total=len(schedule))
-        report = asyncio.run(drive(gateway, schedule, bodies, len(state["gpus"]), lambda: progress.advance(task)))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            report = runner.run(
+                drive(LoadClient(gateway), schedule, bodies, len(state["gpus"]), lambda: progress.advance(task))
+            )
     if as_json:
         write_json(msgspec.to_builtins(report))
     else:
@@ -96,53 +99,43 @@ def bench(
 
 
 async def drive(
-    gateway: str,
+    client: LoadClient,
     schedule: Sequence[Arrival],
     bodies: Mapping[str, Body],
     gpus: int,
     answered: Callable[[], object],
-    transport: httpx.AsyncBaseTransport | None = None,
 ) -> Report:
     """Make every call when it is due and wait for all answers."""
     recorder = Recorder(bodies, gpus)
     statuses: Counter[str] = Counter()
     late_s = 0.0
-    limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
-    async with httpx.AsyncClient(base_url=gateway, limits=limits, timeout=None, transport=transport) as client:
-        started_s = time.perf_counter()
+    started_s = time.perf_counter()
 
-        async def call(arrival: Arrival) -> None:
-            body = bodies[arrival.function]
-            try:
-                response = await client.post(
-                    f"/function/{arrival.function}", content=body.content, headers={"content-type": body.content_type}
-                )
-            except httpx.TransportError:
-                statuses["lost"] += 1
-                return
-            finally:
-                answered()
-            now_s = time.perf_counter() - started_s
-            statuses[str(response.status_code)] += 1
-            if response.is_success:
-                _record(recorder, arrival, response, now_s)
+    async def call(arrival: Arrival) -> None:
+        body = bodies[arrival.function]
+        answer = await client.call(arrival.function, body.content, body.content_type)
+        now_s = time.perf_counter() - started_s
+        answered()
+        statuses[str(answer.status or "lost")] += 1
+        if answer.status == 200:
+            _record(recorder, arrival, answer.headers, now_s)
 
-        async with asyncio.TaskGroup() as calls:
-            for arrival in schedule:
-                wait_s = started_s + arrival.time_s - time.perf_counter()
-                if wait_s > 0:
-                    await asyncio.sleep(wait_s)
-                late_s = max(late_s, -wait_s)
-                recorder.arrived += 1
-                calls.create_task(call(arrival))
+    async with asyncio.TaskGroup() as calls:
+        for arrival in schedule:
+            wait_s = started_s + arrival.time_s - time.perf_counter()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+            late_s = max(late_s, -wait_s)
+            recorder.arrived += 1
+            calls.create_task(call(arrival))
+    client.close()
     return Report(recorder.result(), dict(sorted(statuses.items())), late_s)
 
 
-def _record(recorder: Recorder, arrival: Arrival, response: httpx.Response, now_s: float) -> None:
-    headers = response.headers
-    inference_s = float(headers.get("x-hotset-inference-seconds", 0.0))
-    recorder.misses += headers.get("x-hotset-cache") == "miss"
-    recorder.load_s += float(headers.get("x-hotset-load-seconds", 0.0))
+def _record(recorder: Recorder, arrival: Arrival, headers: Mapping[bytes, bytes], now_s: float) -> None:
+    inference_s = float(headers.get(b"x-hotset-inference-seconds", b"0"))
+    recorder.misses += headers.get(b"x-hotset-cache") == b"miss"
+    recorder.load_s += float(headers.get(b"x-hotset-load-seconds", b"0"))
     recorder.inference_s += inference_s
     recorder.run_s += inference_s
     recorder.finished(arrival.function, now_s - arrival.time_s, now_s)
