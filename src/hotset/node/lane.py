@@ -100,7 +100,7 @@ class Lane:
             case UnloadOperation():
                 self._process = self.processes.pop(operation.model, None)
                 if self._process is None:
-                    self._loop.call_soon(self._done)
+                    self._loop.call_soon(self._unloaded_nothing)
                 else:
                     self._process.end()
 
@@ -137,38 +137,47 @@ class Lane:
         self._alive.add(process)
         process.start()
 
-    def _done(self) -> None:
-        """The current operation is over and was reported."""
-        if self._current is not None:
-            self._current = self._process = None
+    def _over_with(self) -> Operation | None:
+        """The current operation is done, and no longer current: what the listener asks for when told comes next."""
+        operation, self._current, self._process = self._current, None, None
+        return operation
+
+    def _next(self) -> None:
         while self._queue and self._current is None and not self._over:
             self._begin(self._queue.popleft())
 
+    def _unloaded_nothing(self) -> None:
+        """Its process was gone already."""
+        self._over_with()
+        self._next()
+
     def _ran_nothing(self, operation: RunOperation) -> None:
         """Every client left before the run was handed over."""
-        self._current = None
+        self._over_with()
         self._listener.run_finished(self.gpu_id, operation.model, 0.0)
-        self._done()
+        self._next()
 
     def _run_refused(self, operation: RunOperation) -> None:
         reason = f"{operation.model} has no process on {self.gpu_id}"
+        self._over_with()
         self._report_run_failed(operation, FailureKind.CRASH, reason, ())
+        self._next()
 
     def _load_refused(self, spec: LaunchSpec) -> None:
-        self._current = None
+        self._over_with()
         reason = f"{spec.model} is on {self.gpu_id} already"
         self._listener.load_failed(self.gpu_id, spec.model, FailureKind.ERROR, reason)
-        self._done()
+        self._next()
 
     # What the processes report (ProcessOwner)
 
     def process_loaded(self, process: ModelProcess, memory_bytes: int) -> None:
         self.spawn_failed = False
         memory_bytes = process.memory_bytes = self.device.process_bytes(process.pid) or memory_bytes
-        self._current = self._process = None
+        self._over_with()
         load_s = monotonic() - process.started_s
         self._listener.loaded(self.gpu_id, process.spec.model, load_s, memory_bytes)
-        self._done()
+        self._next()
 
     def process_answered(self, process: ModelProcess, answer: Answer) -> None:
         if answer.final:
@@ -177,9 +186,9 @@ class Lane:
 
     def process_ran(self, process: ModelProcess, inference_s: float) -> None:
         self.meter.end()
-        self._current = self._process = None
+        self._over_with()
         self._listener.run_finished(self.gpu_id, process.spec.model, inference_s)
-        self._done()
+        self._next()
 
     def process_logged(self, process: ModelProcess, line: str) -> None:
         self._listener.logged(process.spec.model, line)
@@ -198,8 +207,7 @@ class Lane:
         if process is not self._process:
             self._listener.process_lost(self.gpu_id, model, ending.reason)
         else:
-            operation, self._current, self._process = self._current, None, None
-            match operation:
+            match operation := self._over_with():
                 case LoadOperation():
                     self._listener.load_failed(self.gpu_id, model, kind, ending.reason, ending.memory_bytes)
                 case RunOperation():
@@ -207,18 +215,16 @@ class Lane:
         if ending.kind is FailureKind.DEVICE and (reason := self.device.lost()) is not None:
             self._give_up()
             self._listener.gpu_lost(self.gpu_id, reason)
-        self._done()
+        self._next()
 
     def _report_run_failed(
         self, operation: RunOperation, kind: FailureKind, reason: str, answered: tuple[int, ...]
     ) -> None:
-        self._current = None
         self.meter.end()
         for call in operation.calls:
             self._where.pop(call.request_id, None)
             self._cancelled.discard(call.request_id)
         self._listener.run_failed(self.gpu_id, operation.model, kind, reason, answered)
-        self._done()
 
     def _give_up(self) -> None:
         self._over = True
