@@ -314,6 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(results, indent=2, ensure_ascii=False))
     else:
         result_console.print(load_table(reports))
+        for report in reports:
+            for reason, count in report.failures.items():
+                result_console.print(f"{report.policy}: {count} failed: {escape(reason)}")
         progress_console.print(f"{total_s:.0f} s in all, {install_s:.0f} s of them installing.")
     return 0 if right and not any(report.failed for report in reports) else 1
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -46,11 +47,17 @@ class LoadReport:
     """What came back. Latencies count from the moment a call was due, so a client that lags hides nothing."""
 
     policy: str
-    failed: int = 0
     hits: int = 0
     misses: int = 0
     latencies_s: list[float] = field(default_factory=list)
     loads_s: list[float] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)
+    """Why calls were not answered, and how many."""
+
+    @property
+    def failed(self) -> int:
+        """Calls that were not answered with 200."""
+        return self.failures.total()
 
     @property
     def requests(self) -> int:
@@ -81,9 +88,11 @@ class LoadReport:
 
     def as_json(self) -> dict[str, Any]:
         """Counts and summary figures, without the single latencies."""
-        figures = {name: value for name, value in asdict(self).items() if not isinstance(value, list)}
-        names = ("requests", "mean_latency_s", "p50_latency_s", "p95_latency_s", "miss_ratio", "mean_load_s")
-        return figures | {name: getattr(self, name) for name in names}
+        names = (
+            *("policy", "requests", "failed", "failures", "hits", "misses", "miss_ratio", "mean_load_s"),
+            *("mean_latency_s", "p50_latency_s", "p95_latency_s"),
+        )
+        return {name: getattr(self, name) for name in names}
 
     def _percentile(self, q: float) -> float:
         return float(np.percentile(self.latencies_s, q)) if self.latencies_s else 0.0
@@ -112,8 +121,8 @@ async def drive(
             headers = {"Content-Type": body.content_type, "X-Hotset-Timeout": str(DRAIN_WITHIN_S)}
             try:
                 response = await client.post(f"/function/{showcase.name}", content=body.body, headers=headers)
-            except httpx.TransportError:
-                report.failed += 1
+            except httpx.TransportError as error:
+                report.failures[repr(error)] += 1
                 return
             _note(report, response, time.perf_counter() - started - arrival.at_s)
             show(report)
@@ -124,7 +133,7 @@ async def drive(
             waiting.append(asyncio.create_task(call(arrival)))
         if waiting:
             _, late = await asyncio.wait(waiting, timeout=DRAIN_WITHIN_S)
-            report.failed += len(late)
+            report.failures[f"no answer within {DRAIN_WITHIN_S:.0f} s of the last call"] += len(late)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
@@ -133,7 +142,7 @@ async def drive(
 
 def _note(report: LoadReport, response: httpx.Response, latency_s: float) -> None:
     if response.status_code != 200:
-        report.failed += 1
+        report.failures[_reason(response)] += 1
         return
     report.latencies_s.append(latency_s)
     if response.headers.get("X-Hotset-Cache") == "hit":
@@ -141,3 +150,12 @@ def _note(report: LoadReport, response: httpx.Response, latency_s: float) -> Non
     else:
         report.misses += 1
         report.loads_s.append(float(response.headers.get("X-Hotset-Load-Seconds", "0")))
+
+
+def _reason(response: httpx.Response) -> str:
+    """A short reason that equal failures share: the status, and what the server calls it."""
+    try:
+        answer = response.json()
+        return f"{response.status_code} {answer.get('reason') or answer['error']}"
+    except (ValueError, AttributeError, KeyError):
+        return str(response.status_code)

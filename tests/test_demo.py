@@ -124,6 +124,7 @@ def test_the_report_counts_what_the_answers_say() -> None:
     ]
     assert {body for _, body in seen} == {b"1"}
     assert (report.requests, report.failed, report.hits, report.misses) == (3, 2, 1, 2)
+    assert report.failures == {"500 broken": 1, "ConnectError('gone')": 1}
     assert report.miss_ratio == pytest.approx(2 / 3)
     assert report.mean_load_s == 1.5
     assert shown[-1] == 3
