@@ -58,7 +58,7 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A table by function; one cost for all functions; None: the paper's 22 architectures, dealt out by the seed."""
 
     def hardware(self, functions: Sequence[str], seed: int, load_scale: float = 1.0) -> Hardware:
-        """The cluster for these functions. Raises ``ConfigurationError`` when a function is not in the table, or no model fits."""
+        """The cluster for these functions. Raises ``ConfigurationError`` when one has no cost, or none fits a GPU."""
         models = self.models
         if models is None:
             costs = paper_costs(functions, seed, load_scale=load_scale)

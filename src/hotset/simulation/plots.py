@@ -50,6 +50,17 @@ class Series(msgspec.Struct, frozen=True, kw_only=True):
     """Low and high end of each value's confidence interval."""
 
 
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """One number here and elsewhere; all are ratios."""
+
+    label: str
+    key: str
+    value: float
+    lowest: float
+    highest: float
+    reference: float
+
+
 class Chart(msgspec.Struct, frozen=True, kw_only=True):
     """What both kinds of chart share."""
 
@@ -61,6 +72,8 @@ class Chart(msgspec.Struct, frozen=True, kw_only=True):
     """A logarithmic y axis: for values that differ by orders of magnitude."""
     percent: bool = False
     """Values are ratios and shown as per cent."""
+    zoom: bool = False
+    """The y axis need not start at zero."""
     bound: Sequence[float] = ()
     """What no policy can beat, for each group or x."""
     bound_label: str = ""
@@ -124,9 +137,11 @@ def lines(chart: Chart, x: Sequence[float], *, log_x: bool = False) -> bytes:
             )
             known = [(at, interval) for at, interval in zip(x, series.intervals, strict=False) if interval is not None]
             if known:
+                # A logarithmic axis has no place for an interval that reaches below zero: cut it at the bound.
+                floor = min([*chart.bound, *series.values]) if chart.log else float("-inf")
                 axes.fill_between(
                     [at for at, _ in known],
-                    [interval[0] for _, interval in known],
+                    [max(interval[0], floor) for _, interval in known],
                     [interval[1] for _, interval in known],
                     color=colour,
                     alpha=0.13,
@@ -139,6 +154,26 @@ def lines(chart: Chart, x: Sequence[float], *, log_x: bool = False) -> bytes:
             axes.minorticks_off()
         axes.set_xticks(x, [f"{value:g}" for value in x])
         return _finish(chart, figure, axes)
+
+
+def comparison(title: str, rows: Sequence[Comparison], *, value_label: str, reference_label: str) -> bytes:
+    """One row for each number: a dot and its range for ours, a diamond for the reference."""
+    chart = Chart(title=title, x_label="", y_label="", series=(), percent=True, zoom=True)
+    with _figure(chart) as (figure, axes):
+        for at, row in enumerate(reversed(rows)):
+            colour = _colour(row.key, 0)
+            axes.plot([row.lowest, row.highest], [at, at], color=colour, lw=5, alpha=0.3, solid_capstyle="round")
+            axes.plot(row.value, at, "o", color=colour, ms=8)
+            axes.plot(row.reference, at, "D", mfc="white", mec=_INK, ms=7)
+        axes.set_yticks(range(len(rows)), [row.label for row in reversed(rows)], color=_INK)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(axis="x", color=_GRID, lw=0.8)
+        axes.xaxis.set_major_formatter(lambda value, _: _short(value, percent=True))
+        axes.plot([], [], "o", color=_SOFT, ms=8, label=value_label)
+        axes.plot([], [], "D", mfc="white", mec=_INK, ms=7, label=reference_label)
+        _legend(axes)
+        return _png(figure)
 
 
 @contextmanager
@@ -169,10 +204,18 @@ def _finish(chart: Chart, figure: Figure, axes: Axes) -> bytes:
         low, high = axes.get_ylim()
         axes.set_ylim(low / 1.3, high * 1.7)
         axes.minorticks_off()
-    else:
+    elif not chart.zoom:
         axes.set_ylim(0, axes.get_ylim()[1] * 1.06)
     axes.yaxis.set_major_formatter(formatter)
+    _legend(axes)
+    return _png(figure)
+
+
+def _legend(axes: Axes) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=5, fontsize=9, handlelength=1.6, borderaxespad=0.3)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -184,5 +227,6 @@ def _colour(key: str, number: int) -> str:
 
 def _short(value: float, *, percent: bool) -> str:
     if percent:
-        return f"{value * 100:.1f} %" if 0 < value < 0.0995 else f"{value * 100:.0f} %"
+        whole = abs(value) >= 0.0995 or abs(value * 100 - round(value * 100)) < 1e-9
+        return f"{value * 100:.0f} %" if whole else f"{value * 100:.1f} %"
     return f"{value:.0f}" if abs(value) >= 99.5 else f"{value:.3g}"

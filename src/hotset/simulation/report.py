@@ -104,6 +104,11 @@ def by_workload(runs: Iterable[RunResult]) -> list[list[RunResult]]:
     return list(groups.values())
 
 
+def intervals(runs: Iterable[RunResult], field: str) -> list[tuple[float, float] | None]:
+    """Each run's confidence interval of one figure."""
+    return [run.ci95[field] if run.ci95 else None for run in runs]
+
+
 def measure_plot(measure: Measure, runs: Sequence[RunResult], text: Sequence[str] = ()) -> Plot:
     """Bars of one figure: a group for each workload, a bar for each variant."""
     groups = by_workload(runs)
@@ -114,7 +119,7 @@ def measure_plot(measure: Measure, runs: Sequence[RunResult], text: Sequence[str
             key=column[0].policy,
             label=variant_label(column[0], groups[0]),
             values=[getattr(run, measure.field) for run in column],
-            intervals=[run.ci95 and run.ci95[measure.field] for run in column],
+            intervals=intervals(column, measure.field),
         )
         for column in zip(*groups, strict=True)
     ]
