@@ -11,6 +11,7 @@ import msgspec
 from hotset.gateway.calls import PendingCall, Result
 from hotset.gateway.control import Control, ControlConfig
 from hotset.gateway.functions import VersionSpec
+from hotset.node.cpu import CpuPool
 from hotset.node.fake import FakeClock, FakeFunction, FakeNode, virtual_gpus
 from hotset.node.interface import LaunchSpec
 from hotset.scheduling.eviction import make_eviction

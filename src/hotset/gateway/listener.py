@@ -15,6 +15,7 @@ import uvicorn
 
 from hotset.errors import ConfigurationError
 from hotset.gateway.app import Application
+from hotset.gateway.coalescing import CoalescingProtocol
 from hotset.gateway.control import Control
 
 KEEP_ALIVE_S = 75
@@ -54,7 +55,7 @@ class Listener(uvicorn.Server):
     def __init__(self, application: Application, control: Control, *, drain_s: float) -> None:
         config = uvicorn.Config(
             application,
-            http="httptools",
+            http=CoalescingProtocol,
             ws="none",
             lifespan="off",
             access_log=False,

@@ -297,7 +297,7 @@ async def _hotset_error(_: Request, error: Exception) -> Response:
     return Response(error_body(str(error)), status_code=_status_of_error(error), media_type="application/json")
 
 
-async def _bug(_: Request, error: Exception) -> Response:
+async def _bug(_: Request, __: Exception) -> Response:
     return Response(error_body(BUG), status_code=500, media_type="application/json")
 
 
