@@ -20,6 +20,7 @@ class Rule(Enum):
     NOWHERE = "no GPU holds the model"
     WAIT_FOR_HOLDER = "waiting for the busy holder is shorter than a load"
     LOAD_IS_SHORTER = "a load is shorter than waiting for the busy holder"
+    HOLDER_AWAITED = "the busy holder is left to an older request that fits nowhere else"
     OUT_OF_ORDER_HIT = "the GPU holds the model of a younger request"
     LOCAL_QUEUE = "head of the GPU's local queue"
     RETRY = "second try after its process died"
@@ -46,7 +47,11 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
 
 
 class Policy(Protocol):
-    """A scheduling policy. It keeps no state about the cluster; ``Cluster`` has it all."""
+    """A scheduling policy. It keeps no state about the cluster; ``Cluster`` has it all.
+
+    One that bounds how often a request may be passed over by younger ones, on GPUs that could have taken it, says so in
+    an attribute ``most_skips``; the tests hold it to that.
+    """
 
     name: str
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 from hotset.scheduling.cluster import Cluster
 from hotset.scheduling.policies.interface import Placement, Rule
 from hotset.scheduling.queue import Entry
 
 
-def place_in_order(cluster: Cluster, entry: Entry, now_s: float) -> Placement | None:
+def place_in_order(cluster: Cluster, entry: Entry, now_s: float, awaited_bytes: float = math.inf) -> Placement | None:
     """Step 2 of LALB for one request; None when it fits on no idle GPU.
 
     2a its model is on the GPU idle longest: run there; 2b it is nowhere: run there, a miss; 2c it is on another idle
     GPU: run on that one; 2d it is only on busy GPUs: wait for the one that is done first if that is shorter than a
     load, else load another copy. O(log copies).
+
+    ``awaited_bytes``: an older request that needs so much waits for a GPU that large, which therefore takes no more
+    into its local queue.
     """
     model = entry.model
     holder = cluster.idle_holder(model)
@@ -28,20 +33,28 @@ def place_in_order(cluster: Cluster, entry: Entry, now_s: float) -> Placement | 
         return Placement(entry, here, Rule.NOWHERE)
     wait_s = max(busy.busy_until_s - now_s, 0.0) + busy.local_backlog_s
     if wait_s < cluster.load_s(model, here):
-        return Placement(entry, busy, Rule.WAIT_FOR_HOLDER, local=True, waited_s=wait_s)
+        if busy.memory.capacity_bytes < awaited_bytes:
+            return Placement(entry, busy, Rule.WAIT_FOR_HOLDER, local=True, waited_s=wait_s)
+        return Placement(entry, here, Rule.HOLDER_AWAITED, waited_s=wait_s)
     return Placement(entry, here, Rule.LOAD_IS_SHORTER, waited_s=wait_s)
 
 
 class Lalb:
-    """Locality-aware load balancing: requests in order, each where its model is, unless that costs more than a load."""
+    """Locality-aware load balancing: requests in order, each where its model is, unless that costs more than a load.
+
+    Where GPUs differ in size, a request that fits on no idle GPU is passed by.
+    """
 
     name = "lalb"
+    most_skips = 0
 
     def next_placement(self, cluster: Cluster, now_s: float) -> Placement | None:
         if not cluster.idle:
             return None
+        awaited_bytes = math.inf
         for entry in cluster.queue.in_order():
-            placement = place_in_order(cluster, entry, now_s)
+            placement = place_in_order(cluster, entry, now_s, awaited_bytes)
             if placement is not None:
                 return placement
+            awaited_bytes = min(awaited_bytes, cluster.models[entry.model].memory_bytes)
         return None

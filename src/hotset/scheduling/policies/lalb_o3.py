@@ -18,14 +18,14 @@ class LalbO3(Lalb):
     name = "lalb_o3"
 
     def __init__(self, settings: PolicySettings) -> None:
-        self.limit = settings.o3_limit
+        self.most_skips = settings.o3_limit
 
     def next_placement(self, cluster: Cluster, now_s: float) -> Placement | None:
         gpu = cluster.first_idle()
         if gpu is None:
             return None
         queue = cluster.queue
-        if queue.skips_of_head < self.limit:
+        if queue.skips_of_head < self.most_skips:
             entry = cluster.first_waiting_hit(gpu)
             if entry is not None:
                 out_of_order = entry is not queue.head()

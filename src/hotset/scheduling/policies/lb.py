@@ -10,6 +10,7 @@ class Lb:
     """Plain load balancing. O(1), but for requests too large for every idle GPU, which are passed by."""
 
     name = "lb"
+    most_skips = 0
 
     def next_placement(self, cluster: Cluster, now_s: float) -> Placement | None:
         if not cluster.idle:

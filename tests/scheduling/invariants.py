@@ -1,0 +1,108 @@
+"""Design rule R3, and every index of the core recomputed from scratch. Slow on purpose: plain scans, no shortcuts."""
+
+from __future__ import annotations
+
+import pytest
+
+from hotset.scheduling.cluster import Cluster
+from hotset.scheduling.queue import Entry, Place
+from hotset.scheduling.scheduler import Scheduler
+
+
+def check(scheduler: Scheduler, now_s: float) -> None:
+    """Fail if anything the scheduler believes contradicts anything else."""
+    check_memory(scheduler)
+    check_gpus(scheduler.cluster)
+    check_requests(scheduler)
+    check_queue(scheduler)
+    check_holders(scheduler.cluster)
+    check_deadlines(scheduler, now_s)
+
+
+def check_memory(scheduler: Scheduler) -> None:
+    for gpu in scheduler.cluster.gpus.values():
+        memory = gpu.memory
+        assert memory.used_bytes == sum(resident.memory_bytes for resident in memory.residents.values())
+        assert 0 <= memory.used_bytes <= memory.capacity_bytes
+        in_use = [name for name, resident in memory.residents.items() if resident.in_use]
+        assert in_use == ([gpu.work.model] if gpu.work is not None else []), "in use = what the GPU works on"
+
+
+def check_gpus(cluster: Cluster) -> None:
+    idle = [gpu for gpu in cluster.gpus.values() if gpu.work is None]
+    assert list(cluster.idle) == sorted(idle, key=lambda gpu: gpu.idle_rank), "idle set, longest first"
+    assert cluster.largest_bytes == max((gpu.gpu.memory_bytes for gpu in cluster.gpus.values()), default=0)
+    for gpu in cluster.gpus.values():
+        assert gpu.work is not None or not gpu.local_queue, "an idle GPU serves its local queue first"
+        assert gpu.local_backlog_s == pytest.approx(sum(entry.local_cost_s for entry in gpu.local_queue))
+
+
+def check_requests(scheduler: Scheduler) -> None:
+    """Every open request is in exactly one place."""
+    cluster = scheduler.cluster
+    places: list[tuple[int, Place]] = [(id_of(entry), Place.QUEUED) for entry in cluster.queue.in_order()]
+    places += [(id_of(entry), Place.RETRY) for entry in scheduler._retries]
+    for gpu in cluster.gpus.values():
+        places += [(id_of(entry), Place.LOCAL) for entry in gpu.local_queue]
+        for entry in [*gpu.local_queue, *(gpu.work.entries if gpu.work is not None else ())]:
+            assert entry.gpu_id == gpu.gpu_id
+        if gpu.work is not None:
+            places += [(id_of(entry), Place.ASSIGNED) for entry in gpu.work.entries if not entry.cancelled]
+    assert len(places) == len(scheduler._entries), "no request is in two places, none is lost"
+    assert dict(places) == {request_id: entry.place for request_id, entry in scheduler._entries.items()}
+    for entry in scheduler._entries.values():
+        assert entry.model in cluster.models, "a request's model is known until the request ends"
+        assert not entry.cancelled
+        assert entry.place is Place.ASSIGNED or cluster.is_deployed(entry.model), "nobody waits for what is gone"
+        assert entry.place is Place.ASSIGNED or not cluster.too_large(entry.model), "nobody waits for ever"
+
+
+def check_queue(scheduler: Scheduler) -> None:
+    queue = scheduler.cluster.queue
+    waiting = list(queue.in_order())
+    assert queue.waiting == len(waiting)
+    assert waiting == sorted(waiting, key=lambda entry: entry.seq), "in order of arrival"
+    lines: dict[str, list[Entry]] = {}
+    for entry in waiting:
+        lines.setdefault(entry.model, []).append(entry)
+    assert {name: list(line) for name, line in queue.models.items()} == lines
+    for name, line in lines.items():
+        assert queue.first_of(name) is line[0]
+        assert queue.waiting_for(name) == len(line)
+    assert queue.head() is (waiting[0] if waiting else None)
+    holes = [entry for entry in queue._fifo if entry.place is not Place.QUEUED]
+    assert queue._holes == len(holes)
+    assert queue.skips_of_head == sum(entry.skipped_over for entry in holes)
+    assert not waiting or queue._fifo[0] is waiting[0], "no hole before the head"
+    assert all(entry.in_fifo for entry in queue._fifo)
+
+
+def check_holders(cluster: Cluster) -> None:
+    """The index of idle and busy holders says what looking at every GPU says."""
+    names = {name for gpu in cluster.gpus.values() for name in gpu.memory.residents}
+    for name in names:
+        holders = [gpu for gpu in cluster.gpus.values() if name in gpu.memory.residents]
+        assert sorted(cluster.cache.holders(name)) == sorted(gpu.gpu_id for gpu in holders)
+        assert cluster.cache.copies(name) == len(holders)
+        idle = [gpu for gpu in holders if gpu.work is None]
+        busy = [gpu for gpu in holders if gpu.work is not None]
+        assert cluster.idle_holder(name) is min(idle, key=lambda gpu: gpu.idle_rank, default=None)
+        assert cluster.earliest_holder(name) is min(busy, key=lambda gpu: (gpu.finish_s, gpu.index), default=None)
+    for gpu in cluster.idle:
+        first = next((entry for entry in cluster.queue.in_order() if entry.model in gpu.memory.residents), None)
+        assert cluster.first_waiting_hit(gpu) is first
+
+
+def check_deadlines(scheduler: Scheduler, now_s: float) -> None:
+    """Only a request whose run has begun may be past its deadline."""
+    for entry in scheduler._entries.values():
+        deadline_s = entry.request.deadline_s
+        if deadline_s is not None and deadline_s <= now_s:
+            assert entry.place is Place.ASSIGNED
+            work = scheduler.cluster.gpus[entry.gpu_id].work
+            assert work is not None
+            assert not work.loading
+
+
+def id_of(entry: Entry) -> int:
+    return entry.request.request_id
