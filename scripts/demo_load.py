@@ -133,7 +133,8 @@ async def drive(
             waiting.append(asyncio.create_task(call(arrival)))
         if waiting:
             _, late = await asyncio.wait(waiting, timeout=DRAIN_WITHIN_S)
-            report.failures[f"no answer within {DRAIN_WITHIN_S:.0f} s of the last call"] += len(late)
+            if late:
+                report.failures[f"no answer within {DRAIN_WITHIN_S:.0f} s of the last call"] = len(late)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
