@@ -9,6 +9,7 @@ import pytest
 from gateway_world import GPU, Client, Reply, World, run, version
 
 from hotset.gateway.app import Gateway
+from hotset.gateway.readings import waiting
 from hotset.node.interface import Answer, Call
 from hotset.scheduling.scheduler import SchedulerConfig
 from hotset.vocabulary import FailureKind
@@ -124,7 +125,7 @@ def test_a_body_over_the_limit_is_refused_as_soon_as_that_is_known(body, headers
         reply = await door.client.request("POST", "/function/cat", body, headers)
         assert (reply.status, reply.headers["connection"]) == (413, "close")
         assert str(LIMIT) in reply.error
-        assert door.control.waiting() == {"cat": 0}
+        assert waiting(door.control) == {"cat": 0}
 
     run(story)
 
@@ -241,13 +242,13 @@ def test_a_client_that_leaves_takes_its_call_along():
         await door.start(version("cat"))
         door.behave("cat@1", inference_s=10.0)
         running = asyncio.create_task(door.client.request("POST", "/function/cat"))
-        waiting = asyncio.create_task(door.client.request("POST", "/function/cat"))
+        queued = asyncio.create_task(door.client.request("POST", "/function/cat"))
         await door.advance(1.0, steps=10)
-        assert door.control.waiting() == {"cat": 1}
+        assert waiting(door.control) == {"cat": 1}
         door.client.left.set()
         await door.advance(0.1)
-        assert door.control.waiting() == {"cat": 0}
-        assert [(await running).status, (await waiting).status] == [499, 499]
+        assert waiting(door.control) == {"cat": 0}
+        assert [(await running).status, (await queued).status] == [499, 499]
 
     run(story)
 

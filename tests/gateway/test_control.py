@@ -10,6 +10,7 @@ from gateway_world import GPU, MIB, World, run, version
 
 from hotset.gateway.calls import CallIds, PendingCall, StreamBroken
 from hotset.gateway.control import LOOK_AFTER_S, ControlConfig
+from hotset.gateway.readings import gpu_metrics, problem, waiting
 from hotset.node.interface import Answer, Call
 from hotset.scheduling.scheduler import SchedulerConfig
 from hotset.vocabulary import FailureKind
@@ -58,12 +59,12 @@ def test_a_call_that_waits_says_so():
         world = await World().start(version("cat"))
         world.behave("cat@1", load_s=0.5, inference_s=0.2)
         first, second = world.control.submit("cat", b"1"), world.control.submit("cat", b"2")
-        assert world.control.waiting() == {"cat": 2}
+        assert waiting(world.control) == {"cat": 2}
         await world.finish(first)
         waited = await world.finish(second)
         assert waited.record.hit
         assert waited.record.queue_s == pytest.approx(0.7)
-        assert world.control.waiting() == {"cat": 0}
+        assert waiting(world.control) == {"cat": 0}
 
     run(story)
 
@@ -86,11 +87,11 @@ def test_more_models_than_memory_evict_each_other_and_the_counters_tell():
         world = await World().start(*(version(name) for name in names))
         for name in names * 2:
             assert (await world.finish(world.control.submit(name, b"x"))).record.status == 200
-        metrics = {each.function: each for each in world.control.function_metrics()}
+        metrics = {each.function: each for each in world.control.functions.metrics()}
         assert {name: metrics[name].misses for name in names} == dict.fromkeys(names, 2)
         assert sum(metrics[name].evictions for name in names) == 5
         assert all(metrics[name].requests == {200: 2} for name in names)
-        (gpu,) = world.control.gpu_metrics()
+        (gpu,) = gpu_metrics(world.control)
         assert (gpu.used_bytes, gpu.capacity_bytes) == (300 * MIB, 320 * MIB)
 
     run(story)
@@ -153,16 +154,16 @@ def test_a_caller_cannot_ask_for_more_time_than_the_function_has():
 def test_a_client_that_leaves_takes_its_waiting_call_along():
     async def story():
         world = await World().start(version("cat"))
-        running, waiting = world.control.submit("cat", b"runs"), world.control.submit("cat", b"waits")
-        world.control.cancel(waiting)
-        world.control.cancel(waiting)
-        assert world.control.waiting() == {"cat": 1}
+        running, queued = world.control.submit("cat", b"runs"), world.control.submit("cat", b"waits")
+        world.control.cancel(queued)
+        world.control.cancel(queued)
+        assert waiting(world.control) == {"cat": 1}
         assert world.control.scheduler.open_requests == 1
         await world.finish(running)
         await world.advance(1.0)
         runs = [each.request_ids for each in world.node.operations if each.verb == "run"]
         assert runs == [(running.request_id,)]
-        (metrics,) = world.control.function_metrics()
+        (metrics,) = world.control.functions.metrics()
         assert metrics.requests == {499: 1, 200: 1}
 
     run(story)
@@ -299,7 +300,7 @@ def test_a_lost_gpu_fails_nothing_while_there_is_another():
         world.node.lose_gpu(GPU, "fell off the bus")
         results = [await world.finish(each) for each in pending]
         assert [each.body for each in results] == [b"0", b"1", b"2", b"3"]
-        assert world.control.healthy() == f"GPU {GPU} is lost: fell off the bus"
+        assert problem(world.control) == f"GPU {GPU} is lost: fell off the bus"
 
     run(story)
 
@@ -429,7 +430,7 @@ def test_stopping_lets_calls_end_and_takes_no_more():
         await world.advance(0.0)
         refused = await world.finish(world.control.submit("cat", b"y"))
         assert refused.record.status == 503
-        assert world.control.healthy() == "the server is shutting down"
+        assert problem(world.control) == "the server is shutting down"
         await world.finish(running)
         await draining
         await world.control.stop()
@@ -452,9 +453,9 @@ def test_stopping_at_once_still_answers_everybody():
 def test_a_node_that_cannot_start_processes_is_not_healthy():
     async def story():
         world = await World().start()
-        assert world.control.healthy() is None
+        assert problem(world.control) is None
         world.node.well = False
-        assert "cannot start a GPU process" in str(world.control.healthy())
+        assert "cannot start a GPU process" in str(problem(world.control))
 
     run(story)
 

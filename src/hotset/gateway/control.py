@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -23,10 +23,9 @@ import msgspec
 from hotset.gateway.calls import CallIds, CallRecord, Chunks, PendingCall, Receive, Result
 from hotset.gateway.functions import Functions, Learned, Version, VersionSpec
 from hotset.gateway.logbook import Logbook, LogLine
-from hotset.gateway.metrics import FunctionMetrics, GpuMetrics
 from hotset.gateway.statuses import CLIENT_CLOSED, STATUS, WAIT_BEFORE_RETRY_S, error_body
 from hotset.node.cpu import CpuPool
-from hotset.node.interface import Answer, Call, Node, ProcessReport
+from hotset.node.interface import Answer, Call, Node
 from hotset.scheduling.actions import Load, Reject, Run, Unload
 from hotset.scheduling.events import (
     Event,
@@ -44,8 +43,7 @@ from hotset.scheduling.events import (
     TimeAdvanced,
 )
 from hotset.scheduling.scheduler import Scheduler
-from hotset.store.datastore import ProfileRecord
-from hotset.vocabulary import FailureKind, Profile, RejectReason, Request
+from hotset.vocabulary import FailureKind, RejectReason, Request
 
 LOOK_AFTER_S = 0.1
 """How often calls that take long are looked at: has the client left, has the time it gave run out."""
@@ -93,14 +91,15 @@ class Control:
         self.accepting = False
         self.lost_gpus: dict[str, str] = {}
         """GPU id -> why it was lost."""
-        self._nodes = nodes
+        self.nodes = nodes
         self._node_of: dict[str, Node] = {}
-        self._cpu = cpu
+        self.cpu = cpu
         self._clock = clock
         self._unix_time = unix_time
         self.started_s = 0.0
         self.started_unix_s = 0.0
-        self._calls: dict[int, PendingCall] = {}
+        self.calls: dict[int, PendingCall] = {}
+        """Every call that has not ended; for others to read."""
         self._last_request_id = 0
         self._cpu_calls = 0
         self._looking = False
@@ -117,32 +116,32 @@ class Control:
         self._call_later = (self._clock or self._loop).call_later
         self.started_s = self._now()
         self.started_unix_s = self._unix_time()
-        for node in self._nodes:
+        for node in self.nodes:
             await node.start(self)
             for gpu in node.gpus:
                 self._node_of[gpu.gpu_id] = node
                 self._handle(GpuJoined(gpu))
-        if self._cpu is not None:
-            await self._cpu.start(self)
+        if self.cpu is not None:
+            await self.cpu.start(self)
         self.accepting = True
 
     async def drain(self, grace_s: float) -> None:
         """Take no more calls and let the others end; those that have not after ``grace_s`` seconds get a 503."""
         self.accepting = False
         self.logbook.close()
-        if self._calls:
+        if self.calls:
             self._drained = self._loop.create_future()
             await asyncio.wait([self._drained], timeout=grace_s)
-        for pending in list(self._calls.values()):
+        for pending in list(self.calls.values()):
             self._abandon(pending, RejectReason.SHUTTING_DOWN, SHUTTING_DOWN)
 
     async def stop(self) -> None:
         """End every process; what still waits gets a 503."""
         await self.drain(0.0)
-        for node in self._nodes:
+        for node in self.nodes:
             await node.stop()
-        if self._cpu is not None:
-            await self._cpu.stop()
+        if self.cpu is not None:
+            await self.cpu.stop()
 
     # Functions
 
@@ -171,8 +170,8 @@ class Control:
         self.functions.forget(version)
         if version.spec.scheduled is not None:
             self._handle(ModelRemoved(version.model))
-        elif self._cpu is not None:
-            self._cpu.forget(version.model)
+        elif self.cpu is not None:
+            self.cpu.forget(version.model)
 
     # Calls
 
@@ -199,7 +198,7 @@ class Control:
         pending = PendingCall(request_id, version, call, self._loop.create_future(), now_s)
         pending.receive = receive
         version.calls += 1
-        self._calls[request_id] = pending
+        self.calls[request_id] = pending
         if not self.accepting:
             self._reject(pending, RejectReason.SHUTTING_DOWN, SHUTTING_DOWN)
             return pending
@@ -226,7 +225,7 @@ class Control:
         return pending
 
     def _submit_to_cpu(self, pending: PendingCall, deadline_s: float) -> None:
-        if self._cpu is None:
+        if self.cpu is None:
             self._reject(pending, RejectReason.FAILED, "this server runs no plain functions: it has no CPU pool")
         elif self._cpu_calls >= self.config.max_cpu_calls:
             message = f"{self._cpu_calls} calls of plain functions are open already: try again later"
@@ -235,7 +234,7 @@ class Control:
             self._cpu_calls += 1
             pending.on_cpu = True
             pending.expires_s = deadline_s
-            self._cpu.run(pending.version.spec.launch, pending.call)
+            self.cpu.run(pending.version.spec.launch, pending.call)
 
     async def call(
         self,
@@ -257,15 +256,15 @@ class Control:
 
     def cancel(self, pending: PendingCall) -> None:
         """The client left: a waiting call leaves the queue, a running one ends unread."""
-        if pending.request_id in self._calls:
+        if pending.request_id in self.calls:
             self._withdraw(pending)
             self._end(pending, Result(record=pending.record(CLIENT_CLOSED, self._now())))
 
     def _withdraw(self, pending: PendingCall) -> None:
         """Nobody wants the call any more: tell whoever has it."""
         if pending.on_cpu:
-            assert self._cpu is not None
-            self._cpu.cancel(pending.request_id)
+            assert self.cpu is not None
+            self.cpu.cancel(pending.request_id)
             return
         self._handle(RequestCancelled(pending.request_id))
         if pending.run_s is not None and pending.gpu_id in self._node_of:
@@ -273,7 +272,7 @@ class Control:
 
     def _abandon(self, pending: PendingCall, reason: RejectReason, message: str) -> None:
         """Answer the client now, whatever became of the call."""
-        if pending.request_id in self._calls:
+        if pending.request_id in self.calls:
             self._withdraw(pending)
             self._reject(pending, reason, message)
 
@@ -293,7 +292,7 @@ class Control:
 
     def _end(self, pending: PendingCall, result: Result, error: str | None = None) -> None:
         """The one way out: every call passes here exactly once. ``error``: how a streamed answer broke off."""
-        del self._calls[pending.request_id]
+        del self.calls[pending.request_id]
         version = pending.version
         version.calls -= 1
         self._cpu_calls -= pending.on_cpu
@@ -307,19 +306,19 @@ class Control:
             pending.future.set_result(result)
         if not version.calls and version.retired:
             self._loop.call_soon(self._remove_if_done, version)  # not now: the scheduler may be in the middle of a turn
-        if self._drained is not None and not self._calls and not self._drained.done():
+        if self._drained is not None and not self.calls and not self._drained.done():
             self._drained.set_result(None)
 
     def _look(self) -> None:
         """Look after the calls that take long; comes again as long as there are calls."""
         now_s = self._now()
-        for pending in list(self._calls.values()):
+        for pending in list(self.calls.values()):
             if pending.expires_s is not None and now_s >= pending.expires_s:
                 message = f"the call took longer than the {pending.expires_s - pending.arrival_s:g} s it was given"
                 self._abandon(pending, RejectReason.DEADLINE, message)
             elif pending.watcher is None and pending.receive is not None and now_s - pending.arrival_s >= LOOK_AFTER_S:
                 pending.watcher = self._loop.create_task(self._watch(pending, pending.receive))
-        self._looking = bool(self._calls)
+        self._looking = bool(self.calls)
         if self._looking:
             self._call_later(LOOK_AFTER_S, self._look)
 
@@ -341,7 +340,7 @@ class Control:
             elif type(action) is Unload:
                 self._unload(action)
             elif type(action) is Reject:
-                rejected = self._calls.get(action.request_id)
+                rejected = self.calls.get(action.request_id)
                 if rejected is not None:
                     self._reject(rejected, action.reason, action.message, action.retry_after_s)
         wakeup_s = self.scheduler.next_wakeup_s()
@@ -358,7 +357,7 @@ class Control:
         gpu_id, hit = action.gpu_id, action.hit
         calls: list[Call] = []
         for request_id in action.request_ids:
-            pending = self._calls.get(request_id)
+            pending = self.calls.get(request_id)
             if pending is not None:
                 pending.run_begins(gpu_id, hit, now_s)
                 pending.version.metrics.hits += hit
@@ -370,7 +369,7 @@ class Control:
         version = self.functions.versions[action.model]
         version.metrics.misses += 1
         version.metrics.false_misses += action.false_miss
-        pending = self._calls.get(action.request_id)
+        pending = self.calls.get(action.request_id)
         if pending is not None:
             pending.load_begins(action.gpu_id, self._now())
         self._node_of[action.gpu_id].load(action.gpu_id, version.spec.launch)
@@ -398,7 +397,7 @@ class Control:
         self._handle(LoadFailed(gpu_id, model, kind, reason, memory_bytes))
 
     def answered(self, answer: Answer) -> None:
-        pending = self._calls.get(answer.request_id)
+        pending = self.calls.get(answer.request_id)
         if pending is None:
             return  # its client left
         record = pending.record(answer.status, self._now(), answer.inference_s)
@@ -449,22 +448,12 @@ class Control:
 
     def _break_streams(self, gpu_id: str, reason: str) -> tuple[int, ...]:
         """End the answers that a failed GPU process had begun: what is sent cannot be taken back and tried again."""
-        begun = [each for each in self._calls.values() if each.gpu_id == gpu_id and each.chunks is not None]
+        begun = [each for each in self.calls.values() if each.gpu_id == gpu_id and each.chunks is not None]
         for pending in begun:
             self._reject(pending, RejectReason.FAILED, f"the answer broke off: {reason}")
         return tuple(pending.request_id for pending in begun)
 
-    # What operators ask
-
-    def healthy(self) -> str | None:
-        """None when every node can start a GPU process and no GPU is lost; else one sentence on what is wrong."""
-        for gpu_id, reason in self.lost_gpus.items():
-            return f"GPU {gpu_id} is lost: {reason}"
-        if not self.accepting:
-            return "the server is shutting down"
-        if not all(node.healthy() for node in self._nodes):
-            return "a node cannot start a GPU process: see the server's log"
-        return None
+    # Time
 
     def now_s(self) -> float:
         """The control loop's clock, which all its times are on."""
@@ -472,58 +461,3 @@ class Control:
 
     def uptime_s(self) -> float:
         return self._now() - self.started_s
-
-    def smallest_gpu_bytes(self) -> int:
-        """What every GPU can hold: the reservation for a first load whose size nobody declared."""
-        return min((gpu.memory.capacity_bytes for gpu in self.scheduler.cluster.gpus.values()), default=0)
-
-    def learned(self) -> list[ProfileRecord]:
-        """What was measured since the start of every version in service, for the datastore."""
-        profiles = self.scheduler.profiles
-        records = []
-        for version in self.functions.current.values():
-            for kind, learned in version.learned.items():
-                declared = version.spec.scheduled.profile if version.spec.scheduled is not None else Profile()
-                known_run = learned.runs > 0 or declared.inference_s is not None
-                records.append(
-                    ProfileRecord(
-                        model=version.model,
-                        gpu_kind=kind,
-                        load_s=profiles.load_s(version.model, kind),
-                        loads=learned.loads,
-                        inference_s=profiles.inference_s(version.model, kind) if known_run else None,
-                        runs=learned.runs,
-                        memory_bytes=learned.memory_bytes,
-                    )
-                )
-        return records
-
-    def processes(self) -> list[ProcessReport]:
-        """Every process of a function, as the operating system and the devices see them."""
-        of_nodes = [report for node in self._nodes for report in node.processes()]
-        return of_nodes if self._cpu is None else of_nodes + self._cpu.processes()
-
-    def function_metrics(self) -> Iterable[FunctionMetrics]:
-        return self.functions.metrics()
-
-    def gpu_metrics(self) -> list[GpuMetrics]:
-        busy: dict[str, float] = {}
-        for node in self._nodes:
-            busy.update(node.utilisation())
-        return [
-            GpuMetrics(
-                gpu_id=gpu_id,
-                capacity_bytes=gpu.memory.capacity_bytes,
-                used_bytes=gpu.memory.used_bytes,
-                busy_ratio=busy.get(gpu_id, 0.0),
-            )
-            for gpu_id, gpu in self.scheduler.cluster.gpus.items()
-        ]
-
-    def waiting(self) -> dict[str, int]:
-        """Function -> calls whose run has not begun, for every function that is deployed."""
-        counts = dict.fromkeys(self.functions.current, 0)
-        for pending in self._calls.values():
-            if pending.run_s is None:
-                counts[pending.version.function] = counts.get(pending.version.function, 0) + 1
-        return counts

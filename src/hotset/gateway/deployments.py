@@ -21,6 +21,7 @@ from hotset.functions.units import parse_bytes, parse_duration
 from hotset.gateway.control import Control
 from hotset.gateway.description import Description, describe, guess_module
 from hotset.gateway.functions import VersionSpec
+from hotset.gateway.readings import learned, smallest_gpu_bytes
 from hotset.node.interface import LaunchSpec
 from hotset.node.spawner import child_environment
 from hotset.store.bundles import Bundles
@@ -117,7 +118,7 @@ class Deployments:
 
     async def save_profiles(self) -> None:
         """Write down what was learned of every model, so that the next start knows it."""
-        await asyncio.to_thread(self._store.save_profiles, self.control.learned())
+        await asyncio.to_thread(self._store.save_profiles, learned(self.control))
 
     # Bundles
 
@@ -199,20 +200,20 @@ class Deployments:
             return True
 
     def _put_in_service(self, record: FunctionRecord, path: Path, python: str) -> None:
-        learned = self._learned.get(record.model, [])
-        self.control.deploy(version_spec(record, path, python, learned, self.control.smallest_gpu_bytes()))
+        known = self._learned.get(record.model, [])
+        self.control.deploy(version_spec(record, path, python, known, smallest_gpu_bytes(self.control)))
 
 
 def version_spec(
-    record: FunctionRecord, path: Path, python: str, learned: list[ProfileRecord], undeclared_bytes: int
+    record: FunctionRecord, path: Path, python: str, known: list[ProfileRecord], undeclared_bytes: int
 ) -> VersionSpec:
     """How a recorded version is launched and scheduled.
 
-    ``learned``: measured on earlier runs; its memory is what the scheduler reserves, while what the function declares
+    ``known``: measured on earlier runs; its memory is what the scheduler reserves, while what the function declares
     stays what its process may take. ``undeclared_bytes``: both, for a function that declares nothing.
     """
     options = record.options
-    measured = [each.memory_bytes for each in learned if each.memory_bytes is not None]
+    measured = [each.memory_bytes for each in known if each.memory_bytes is not None]
     may_take_bytes = options.gpu_memory_bytes or undeclared_bytes
     on_gpu = options.kind is FunctionKind.GPU
     return VersionSpec(
@@ -234,8 +235,8 @@ def version_spec(
             max_batch=options.max_batch,
             retry=options.retry,
             profile=Profile(
-                load_s=next((each.load_s for each in learned if each.load_s is not None), None),
-                inference_s=next((each.inference_s for each in learned if each.inference_s is not None), None),
+                load_s=next((each.load_s for each in known if each.load_s is not None), None),
+                inference_s=next((each.inference_s for each in known if each.inference_s is not None), None),
             ),
         )
         if on_gpu

@@ -9,8 +9,8 @@ Exported names (docs/metrics.md): ``hotset_requests_total``, ``hotset_request_se
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -80,18 +80,6 @@ class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the last second that it was computing, 0 to 1."""
 
 
-class Metered(Protocol):
-    """What the collector reads (``Control``)."""
-
-    def function_metrics(self) -> Iterable[FunctionMetrics]: ...
-
-    def gpu_metrics(self) -> Sequence[GpuMetrics]: ...
-
-    def waiting(self) -> dict[str, int]:
-        """Function -> calls whose run has not begun."""
-        ...
-
-
 _COUNTERS = (
     ("queue_s", "hotset_queue_seconds", "Seconds that calls waited for a GPU."),
     ("load_s", "hotset_load_seconds", "Seconds spent loading models for the calls that caused the loads."),
@@ -106,13 +94,18 @@ _COUNTERS = (
 class HotsetCollector:
     """Turns the counters into Prometheus families at scrape time."""
 
-    def __init__(self, source: Metered) -> None:
-        self._source = source
+    def __init__(
+        self, functions: Sequence[FunctionMetrics], gpus: Sequence[GpuMetrics], waiting: Mapping[str, int]
+    ) -> None:
+        """``waiting``: function -> calls whose run has not begun."""
+        self._functions = functions
+        self._gpus = gpus
+        self._waiting = waiting
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-        functions = list(self._source.function_metrics())
+        functions = self._functions
         requests = CounterMetricFamily("hotset_requests", "Calls that ended.", labels=["function", "code"])
         seconds = HistogramMetricFamily("hotset_request_seconds", "Latency of a call, all in all.", labels=["function"])
         for each in functions:
@@ -126,14 +119,14 @@ class HotsetCollector:
             for each in functions:
                 family.add_metric([each.function], getattr(each, attribute))
             yield family
-        waiting = GaugeMetricFamily("hotset_queue_length", "Calls whose run has not begun.", labels=["function"])
-        for function, count in self._source.waiting().items():
-            waiting.add_metric([function], count)
-        yield waiting
+        length = GaugeMetricFamily("hotset_queue_length", "Calls whose run has not begun.", labels=["function"])
+        for function, count in self._waiting.items():
+            length.add_metric([function], count)
+        yield length
         capacity = GaugeMetricFamily("hotset_gpu_memory_capacity_bytes", "What models may use.", labels=["gpu"])
         used = GaugeMetricFamily("hotset_gpu_memory_used_bytes", "What models use or have reserved.", labels=["gpu"])
         busy = GaugeMetricFamily("hotset_gpu_busy_ratio", "Share of the last second spent computing.", labels=["gpu"])
-        for gpu in self._source.gpu_metrics():
+        for gpu in self._gpus:
             capacity.add_metric([gpu.gpu_id], gpu.capacity_bytes)
             used.add_metric([gpu.gpu_id], gpu.used_bytes)
             busy.add_metric([gpu.gpu_id], gpu.busy_ratio)
@@ -150,10 +143,10 @@ def _cumulative(buckets: Sequence[int]) -> list[tuple[str, float]]:
     return out
 
 
-def exposition(source: Metered) -> tuple[bytes, str]:
+def exposition(collector: HotsetCollector) -> tuple[bytes, str]:
     """The body and content type of ``GET /metrics``."""
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(HotsetCollector(source))
+    registry.register(collector)
     return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from hotset.gateway import readings
 from hotset.gateway.calls import CallRecord
 from hotset.gateway.control import Control
 from hotset.node.interface import ProcessReport
@@ -128,10 +129,10 @@ class TraceRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 def state_of(control: Control, *, processes: bool = False) -> State:
     """A snapshot; linear in GPUs, residents, functions and waiting calls."""
-    waiting = control.waiting()
+    lengths = readings.waiting(control)
     functions = []
     hits = misses = requests = 0
-    for metrics in control.function_metrics():
+    for metrics in control.functions.metrics():
         hits, misses, requests = hits + metrics.hits, misses + metrics.misses, requests + metrics.total
         version = control.functions.current.get(metrics.function)
         if version is not None:
@@ -139,7 +140,7 @@ def state_of(control: Control, *, processes: bool = False) -> State:
                 FunctionState(
                     name=metrics.function,
                     model=version.model,
-                    waiting=waiting[metrics.function],
+                    waiting=lengths[metrics.function],
                     requests=metrics.total,
                     errors=sum(count for status, count in metrics.requests.items() if status >= 400),
                     hits=metrics.hits,
@@ -152,21 +153,21 @@ def state_of(control: Control, *, processes: bool = False) -> State:
         policy=control.scheduler.policy.name,
         eviction=control.scheduler.cache.eviction.name,
         uptime_s=control.uptime_s(),
-        healthy=control.healthy() is None,
-        waiting=sum(waiting.values()),
+        healthy=readings.problem(control) is None,
+        waiting=sum(lengths.values()),
         requests=requests,
         hits=hits,
         misses=misses,
         hit_ratio=hits / (hits + misses) if hits + misses else None,
         gpus=_gpus(control),
         functions=functions,
-        processes=control.processes() if processes else None,
+        processes=readings.processes(control) if processes else None,
     )
 
 
 def _gpus(control: Control) -> list[GpuReport]:
     now_s = control.now_s()
-    busy = {gpu.gpu_id: gpu.busy_ratio for gpu in control.gpu_metrics()}
+    busy = {gpu.gpu_id: gpu.busy_ratio for gpu in readings.gpu_metrics(control)}
     return [
         GpuReport(
             gpu_id=gpu.gpu_id,

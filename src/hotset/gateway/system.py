@@ -22,7 +22,8 @@ from hotset.gateway.app import NAMESPACE
 from hotset.gateway.control import Control
 from hotset.gateway.deployments import Deployment, Deployments
 from hotset.gateway.logbook import LogLine
-from hotset.gateway.metrics import exposition
+from hotset.gateway.metrics import HotsetCollector, exposition
+from hotset.gateway.readings import gpu_metrics, problem, waiting
 from hotset.gateway.state import explain, state_of, trace, trace_header
 from hotset.gateway.statuses import error_body
 from hotset.store.datastore import FunctionRecord
@@ -126,9 +127,9 @@ class SystemApi:
 
     async def list_functions(self, request: Request) -> Response:
         _check_namespace(request.query_params.get("namespace", ""))
-        waiting = self._control.waiting()
-        counts = {metrics.function: metrics.total for metrics in self._control.function_metrics()}
-        return _json([self._status(record, waiting, counts) for record in self._deployments.records.values()])
+        lengths = waiting(self._control)
+        counts = {metrics.function: metrics.total for metrics in self._control.functions.metrics()}
+        return _json([self._status(record, lengths, counts) for record in self._deployments.records.values()])
 
     async def status(self, request: Request) -> Response:
         _check_namespace(request.query_params.get("namespace", ""))
@@ -188,10 +189,10 @@ class SystemApi:
         return record
 
     def _status_of(self, record: FunctionRecord) -> FunctionStatus:
-        counts = {metrics.function: metrics.total for metrics in self._control.function_metrics()}
-        return self._status(record, self._control.waiting(), counts)
+        counts = {metrics.function: metrics.total for metrics in self._control.functions.metrics()}
+        return self._status(record, waiting(self._control), counts)
 
-    def _status(self, record: FunctionRecord, waiting: dict[str, int], counts: dict[str, int]) -> FunctionStatus:
+    def _status(self, record: FunctionRecord, lengths: dict[str, int], counts: dict[str, int]) -> FunctionStatus:
         options, name = record.options, record.name
         version = self._control.functions.current.get(name)
         measured = [each.memory_bytes for each in version.learned.values() if each.memory_bytes] if version else []
@@ -217,7 +218,7 @@ class SystemApi:
                 load_timeout_s=options.load_timeout_s,
                 retry=options.retry,
                 gpus=list(self._control.scheduler.cache.holders(record.model)),
-                waiting=waiting.get(name, 0),
+                waiting=lengths.get(name, 0),
                 problem=None if version else self._deployments.unavailable.get(name, "it is being restored"),
                 schema=record.schema,
             ),
@@ -272,13 +273,15 @@ class SystemApi:
         return StreamingResponse(lines(), media_type=NDJSON)
 
     async def health(self, request: Request) -> Response:
-        problem = self._control.healthy()
-        if problem is not None:
-            return Response(error_body(problem), status_code=503, media_type="application/json")
+        wrong = problem(self._control)
+        if wrong is not None:
+            return Response(error_body(wrong), status_code=503, media_type="application/json")
         return _json({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        body, content_type = exposition(self._control)
+        control = self._control
+        collector = HotsetCollector(list(control.functions.metrics()), gpu_metrics(control), waiting(control))
+        body, content_type = exposition(collector)
         return Response(body, headers={"content-type": content_type})
 
 

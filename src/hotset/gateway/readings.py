@@ -1,0 +1,79 @@
+"""What can be read off a running control loop, for metrics, health checks, the datastore and people."""
+
+from __future__ import annotations
+
+from hotset.gateway.control import Control
+from hotset.gateway.metrics import GpuMetrics
+from hotset.node.interface import ProcessReport
+from hotset.store.datastore import ProfileRecord
+from hotset.vocabulary import Profile
+
+
+def problem(control: Control) -> str | None:
+    """One sentence on why the server is not healthy; None: every node can start processes, no GPU is lost."""
+    for gpu_id, reason in control.lost_gpus.items():
+        return f"GPU {gpu_id} is lost: {reason}"
+    if not control.accepting:
+        return "the server is shutting down"
+    if not all(node.healthy() for node in control.nodes):
+        return "a node cannot start a GPU process: see the server's log"
+    return None
+
+
+def waiting(control: Control) -> dict[str, int]:
+    """Function -> calls whose run has not begun, for every function that is deployed. Linear in the open calls."""
+    counts = dict.fromkeys(control.functions.current, 0)
+    for pending in control.calls.values():
+        if pending.run_s is None:
+            counts[pending.version.function] = counts.get(pending.version.function, 0) + 1
+    return counts
+
+
+def gpu_metrics(control: Control) -> list[GpuMetrics]:
+    """Memory as the scheduler accounts for it, and how busy each GPU is."""
+    busy: dict[str, float] = {}
+    for node in control.nodes:
+        busy.update(node.utilisation())
+    return [
+        GpuMetrics(
+            gpu_id=gpu_id,
+            capacity_bytes=gpu.memory.capacity_bytes,
+            used_bytes=gpu.memory.used_bytes,
+            busy_ratio=busy.get(gpu_id, 0.0),
+        )
+        for gpu_id, gpu in control.scheduler.cluster.gpus.items()
+    ]
+
+
+def processes(control: Control) -> list[ProcessReport]:
+    """Every process of a function, as the operating system and the devices see them; about a millisecond each."""
+    of_nodes = [report for node in control.nodes for report in node.processes()]
+    return of_nodes if control.cpu is None else of_nodes + control.cpu.processes()
+
+
+def smallest_gpu_bytes(control: Control) -> int:
+    """What every GPU can hold: the reservation for a first load whose size nobody declared."""
+    return min((gpu.memory.capacity_bytes for gpu in control.scheduler.cluster.gpus.values()), default=0)
+
+
+def learned(control: Control) -> list[ProfileRecord]:
+    """What was measured of every version in service since the start, for the datastore."""
+    profiles = control.scheduler.profiles
+    records = []
+    for version in control.functions.current.values():
+        scheduled = version.spec.scheduled
+        declared = scheduled.profile if scheduled is not None else Profile()
+        for kind, known in version.learned.items():
+            ran = known.runs > 0 or declared.inference_s is not None
+            records.append(
+                ProfileRecord(
+                    model=version.model,
+                    gpu_kind=kind,
+                    load_s=profiles.load_s(version.model, kind),
+                    loads=known.loads,
+                    inference_s=profiles.inference_s(version.model, kind) if ran else None,
+                    runs=known.runs,
+                    memory_bytes=known.memory_bytes,
+                )
+            )
+    return records
