@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import orjson
@@ -34,6 +34,29 @@ class StreamFormat(msgspec.Struct, frozen=True):
     item: Callable[[Any], bytes]
     error: Callable[[dict[str, Any]], bytes]
     """The last thing written when ``predict`` raises midway; its argument is the JSON error."""
+
+
+class Writer(Protocol):
+    """Writes the answer to one call, in the form its caller asked for."""
+
+    def encode(self, result: Any) -> Encoded: ...
+
+    @property
+    def stream(self) -> StreamFormat: ...
+
+
+class PlainWriter:
+    """Answers in the form that an Accept header asks for."""
+
+    def __init__(self, accept: str = _ANY) -> None:
+        self._accept = accept
+
+    def encode(self, result: Any) -> Encoded:
+        return encode(result, self._accept)
+
+    @property
+    def stream(self) -> StreamFormat:
+        return stream_format(self._accept)
 
 
 def encode(result: Any, accept: str = _ANY) -> Encoded:

@@ -18,9 +18,11 @@ import msgspec
 
 from hotset.errors import FunctionError, InputError
 from hotset.functions.codecs import JSON, Body
-from hotset.functions.encoding import StreamFormat, stream_format, to_json
+from hotset.functions.encoding import PlainWriter, StreamFormat, Writer, to_json
 from hotset.functions.inspection import signature_of
 
+V2_PREFIX = "application/vnd.hotset.v2"
+"""Content types of Open Inference Protocol requests (v2.py); only the gateway makes them."""
 _SHOWN_CHARACTERS = 2000
 """How much of an exception's text an answer repeats."""
 
@@ -141,14 +143,16 @@ class Runtime:
         """Answer one request. ``body``: bytes or a memoryview of bytes, free to be used again when this returns."""
         signature = self.signature
         try:
-            arguments = signature.decode(body, content_type)
-            if signature.streaming:
-                return self._stream(arguments, accept)
-            if signature.batched:
+            arguments, writer = self._decode(body, content_type, accept)
+            if arguments is None:
+                result = None
+            elif signature.streaming:
+                return self._stream(arguments, writer.stream)
+            elif signature.batched:
                 result = signature.call_batch(self.predict, [arguments])[0]
             else:
                 result = signature.call(self.predict, arguments)
-            return _success(signature.encode(result, accept))
+            return _success(writer.encode(result))
         except Exception as error:  # noqa: BLE001 - a function may raise anything; it is that request's answer
             return self._failure(error)
 
@@ -162,18 +166,35 @@ class Runtime:
             return [self.call(call.body, call.content_type, call.accept) for call in calls]
         outcomes: list[Outcome | None] = [None] * len(calls)
         items: list[tuple[Any, ...]] = []
+        writers: list[Writer] = []
         places: list[int] = []
         for place, call in enumerate(calls):
             try:
-                items.append(self.signature.decode(call.body, call.content_type))
+                arguments, writer = self._decode(call.body, call.content_type, call.accept)
+                if arguments is None:
+                    outcomes[place] = _success(writer.encode(None))
+                    continue
+                items.append(arguments)
+                writers.append(writer)
                 places.append(place)
             except Exception as error:  # noqa: BLE001 - InputError, or a bug that must not cost the others their answer
                 outcomes[place] = self._failure(error)
-        for place, outcome in zip(places, self._joined(items, [calls[place].accept for place in places]), strict=True):
+        for place, outcome in zip(places, self._joined(items, writers), strict=True):
             outcomes[place] = outcome
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def _joined(self, items: list[tuple[Any, ...]], accepts: list[str]) -> list[Outcome]:
+    def _decode(self, body: Body, content_type: str, accept: str) -> tuple[tuple[Any, ...] | None, Writer]:
+        """The arguments of one call (None: it wants the model loaded, no more) and what writes its answer."""
+        if not content_type.startswith(V2_PREFIX):
+            return self.signature.decode(body, content_type), PlainWriter(accept)
+        # Imported on the first such call: most functions never see one.
+        from hotset.functions import v2
+
+        if content_type == v2.WARM:
+            return None, v2.WarmWriter()
+        return v2.decode(self.signature, body, content_type, accept)
+
+    def _joined(self, items: list[tuple[Any, ...]], writers: list[Writer]) -> list[Outcome]:
         if not items:
             return []
         try:
@@ -181,18 +202,17 @@ class Runtime:
         except Exception as error:  # noqa: BLE001 - as in call
             if len(items) == 1:
                 return [self._failure(error)]
-            return [self._joined([item], [accept])[0] for item, accept in zip(items, accepts, strict=True)]
-        return [self._encoded(result, accept) for result, accept in zip(results, accepts, strict=True)]
+            return [self._joined([item], [writer])[0] for item, writer in zip(items, writers, strict=True)]
+        return [self._encoded(result, writer) for result, writer in zip(results, writers, strict=True)]
 
-    def _encoded(self, result: Any, accept: str) -> Outcome:
+    def _encoded(self, result: Any, writer: Writer) -> Outcome:
         try:
-            return _success(self.signature.encode(result, accept))
+            return _success(writer.encode(result))
         except Exception as error:  # noqa: BLE001 - as in call
             return self._failure(error)
 
-    def _stream(self, arguments: tuple[Any, ...], accept: str) -> Outcome:
+    def _stream(self, arguments: tuple[Any, ...], form: StreamFormat) -> Outcome:
         """The first item is computed before the status is decided: a function that fails at once answers 500."""
-        form = stream_format(accept)
         items = iter(self.signature.call(self.predict, arguments))
         first = next(map(form.item, items), None)
         return Outcome(content_type=form.content_type, stream=Stream(first, items, form, self.signature.name))

@@ -8,7 +8,7 @@ is refused with an ``InputError`` that names the field.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -33,6 +33,9 @@ from hotset.functions.problems import (
     top_level_keys,
 )
 
+if TYPE_CHECKING:
+    from hotset.functions.v2_types import Tensors
+
 _BRACE = ord("{")
 
 
@@ -53,7 +56,8 @@ class Signature:
     """The typed signature of one function; ``inspection.signature_of`` makes it.
 
     ``name``: the function's name · ``parameters``, keyword-only ones last · ``batched``: ``predict`` takes and returns
-    lists, each request brings one item · ``streaming``: ``predict`` yields its results.
+    lists, each request brings one item · ``streaming``: ``predict`` yields its results · ``tensors``: the v2 metadata
+    where it says more than the types do (a model file's).
     """
 
     def __init__(
@@ -65,9 +69,12 @@ class Signature:
         description: str = "",
         batched: bool = False,
         streaming: bool = False,
+        tensors: Tensors | None = None,
     ) -> None:
         self.name = name
         self.parameters = tuple(parameters)
+        self.returns = returns
+        self.tensors = tensors
         self.batched = batched
         self.streaming = streaming
         self._keywords = tuple(parameter.name for parameter in self.parameters if parameter.keyword_only)
@@ -224,12 +231,16 @@ def _carrier(parameters: Sequence[Parameter]) -> Parameter | None:
 def _record(parameters: Sequence[Parameter], title: str = "Input", all_required: bool = False) -> type[msgspec.Struct]:
     """The object form of the arguments."""
     fields: list[Any] = []
-    for parameter in parameters:
+    names: dict[str, str] = {}
+    for index, parameter in enumerate(parameters):
+        # A model file's input may have any name; a field of a record may not.
+        field = parameter.name if parameter.name.isidentifier() else f"field_{index}"
+        names[field] = parameter.name
         if parameter.required or all_required:
-            fields.append((parameter.name, parameter.annotation))
+            fields.append((field, parameter.annotation))
         else:
-            fields.append((parameter.name, parameter.annotation, _default(parameter.default)))
-    return msgspec.defstruct(title, fields, kw_only=True, forbid_unknown_fields=True)
+            fields.append((field, parameter.annotation, _default(parameter.default)))
+    return msgspec.defstruct(title, fields, kw_only=True, forbid_unknown_fields=True, rename=names)
 
 
 def _default(value: Any) -> Any:

@@ -71,25 +71,26 @@ class TensorCodec(Codec):
 
     def __init__(self, spec: Tensor, torch: bool = False) -> None:
         self.spec = spec
+        self.torch = torch
         self._dtype = None if spec.dtype is None else np.dtype(spec.dtype)
         self._from_numpy = importlib.import_module("torch").from_numpy if torch else None
 
     def from_json(self, value: Any) -> Any:
         if isinstance(value, dict):
             encoded = msgspec.convert(value, _Encoded)
-            return self._finish(_from_buffer(encoded.data, _wire_dtype(encoded.dtype), encoded.shape))
-        return self._finish(self._from_lists(value))
+            return self.from_array(_from_buffer(encoded.data, _wire_dtype(encoded.dtype), encoded.shape))
+        return self.from_array(self._from_lists(value))
 
     def from_raw(self, body: Body, media: MediaType) -> Any:
         if media.name == NPY:
-            return self._finish(_from_npy(body))
+            return self.from_array(_from_npy(body))
         name = media.parameters.get("dtype", self.spec.dtype)
         if name is None:
             raise ValueError(f"say what the bytes are: Content-Type: {OCTET_STREAM}; dtype=float32; shape=2,3")
         dtype = _wire_dtype(name)
         text = media.parameters.get("shape")
         shape = self._implied_shape(len(body) // dtype.itemsize) if text is None else _parse_shape(text)
-        return self._finish(_from_buffer(body, dtype, shape))
+        return self.from_array(_from_buffer(body, dtype, shape))
 
     def json_schema(self) -> dict[str, Any]:
         lists: dict[str, Any] = {"type": "boolean" if self.spec.dtype == "bool" else "number"}
@@ -110,6 +111,12 @@ class TensorCodec(Codec):
             "additionalProperties": False,
         }
         return {"title": str(self.spec), "anyOf": [lists, encoded]}
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise ``ValueError`` for a shape that ``spec`` does not allow."""
+        wanted = self.spec.shape
+        if wanted is not None and not _fits(shape, wanted):
+            raise ValueError(f"has shape [{describe_shape(shape)}], expected [{describe_shape(wanted)}]")
 
     def _from_lists(self, value: Any) -> Array:
         """Nested lists of numbers. msgspec checks every leaf (and names the first bad one) before numpy sees them."""
@@ -148,12 +155,12 @@ class TensorCodec(Codec):
         known = math.prod(length for length in shape if length is not None)
         return [count // max(known, 1) if length is None else length for length in shape]
 
-    def _finish(self, array: Array) -> Any:
+    def from_array(self, array: Array) -> Any:
+        """An array as the argument: a view of it. Raises ``ValueError`` when it is not what ``spec`` asks for."""
         spec = self.spec
         if self._dtype is not None and array.dtype != self._dtype:
             raise ValueError(f"is {array.dtype}, expected {spec.dtype}")
-        if spec.shape is not None and not _fits(array.shape, spec.shape):
-            raise ValueError(f"has shape [{describe_shape(array.shape)}], expected [{describe_shape(spec.shape)}]")
+        self.check_shape(array.shape)
         if spec.finite and array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"holds NaN, an infinity or numbers beyond {array.dtype}; send finite numbers")
         return array if self._from_numpy is None else self._from_numpy(array)
