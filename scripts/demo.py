@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from demo_load import LoadReport, arrivals, drive
+from demo_load import LoadReport, arrivals, drive, fitting_rate
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -35,6 +36,7 @@ REQUIREMENTS = (ROOT / "examples" / "requirements.txt", ROOT / "examples" / "wei
 
 READY_WITHIN_S = 60.0
 STOP_WITHIN_S = 20.0
+DEPLOY_WITHIN_S = 120.0
 CALL_WITHIN_S = 120.0
 
 progress_console = Console(stderr=True)
@@ -56,7 +58,8 @@ class Answered:
     truths: list[str]
     right: bool
     first_s: float
-    inference_ms: float
+    load_s: float
+    inference_s: float
 
 
 def pins(file: Path) -> dict[str, str]:
@@ -161,16 +164,19 @@ def _await_health(process: subprocess.Popen[str], url: str, log: Path) -> None:
 
 
 def deploy(showcases: Sequence[Any], url: str) -> None:
-    """``hotset deploy`` for each example, as a user would."""
-    with _progress() as progress:
+    """``hotset deploy`` for each example, as a user would, two at a time."""
+
+    def deployed(showcase: Any) -> subprocess.CompletedProcess[str]:
+        command = [str(HOTSET), "deploy", str(showcase.file), "--name", showcase.name]
+        return subprocess.run(command, capture_output=True, text=True, env=_environment(url), timeout=DEPLOY_WITHIN_S)
+
+    with _progress() as progress, ThreadPoolExecutor(max_workers=2) as pool:
         task = progress.add_task("3. Deploying", total=len(showcases))
-        for showcase in showcases:
-            progress.update(task, description=f"3. Deploying {showcase.file.name}")
-            command = [str(HOTSET), "deploy", str(showcase.file), "--name", showcase.name]
-            done = subprocess.run(command, capture_output=True, text=True, env=_environment(url), timeout=CALL_WITHIN_S)
+        for showcase, done in zip(showcases, pool.map(deployed, showcases), strict=True):
             if done.returncode != 0:
+                pool.shutdown(cancel_futures=True)
                 raise DemoError(f"{showcase.file.name} could not be deployed:\n{(done.stderr or done.stdout)[-1500:]}")
-            progress.advance(task)
+            progress.update(task, advance=1, description=f"3. Deployed {showcase.file.name}")
         progress.update(task, description=f"3. Deployed {len(showcases)} functions")
 
 
@@ -188,7 +194,7 @@ def call_all(showcases: Sequence[Any], url: str) -> list[Answered]:
 
 
 def _call(showcase: Any, client: httpx.Client) -> Answered:
-    answers, first_s, inference_s = [], 0.0, 0.0
+    answers, first_s, load_s, inference_s = [], 0.0, 0.0, 0.0
     for call in showcase.calls:
         started = time.perf_counter()
         headers = {"Content-Type": call.content_type, "X-Hotset-Timeout": str(CALL_WITHIN_S)}
@@ -196,7 +202,8 @@ def _call(showcase: Any, client: httpx.Client) -> Answered:
         first_s = first_s or time.perf_counter() - started
         if response.status_code != 200:
             raise DemoError(f"{showcase.name} answered {response.status_code}: {response.text[:500]}")
-        inference_s = float(response.headers.get("X-Hotset-Inference-Seconds", "nan"))
+        load_s = max(load_s, float(response.headers["X-Hotset-Load-Seconds"]))
+        inference_s = float(response.headers["X-Hotset-Inference-Seconds"])
         answers.append(response.json())
     verdict = showcase.judge(answers)
     return Answered(
@@ -206,13 +213,14 @@ def _call(showcase: Any, client: httpx.Client) -> Answered:
         truths=[call.truth for call in showcase.calls],
         right=verdict.right,
         first_s=first_s,
-        inference_ms=1000 * inference_s,
+        load_s=load_s,
+        inference_s=inference_s,
     )
 
 
-def load(showcases: Sequence[Any], options: argparse.Namespace, folder: Path) -> list[LoadReport]:
+def load(showcases: Sequence[Any], rate: float, options: argparse.Namespace, folder: Path) -> list[LoadReport]:
     """The same load under each policy, each on a server that has just started: every policy begins with empty GPUs."""
-    schedule = arrivals([len(s.calls) for s in showcases], options.rate, options.seconds, options.seed)
+    schedule = arrivals([len(s.calls) for s in showcases], rate, options.seconds, options.seed)
     reports = []
     for policy in options.policies.split(","):
         with server(policy, options, folder) as url, _progress() as progress:
@@ -237,7 +245,7 @@ def answers_table(answered: Sequence[Answered]) -> Table:
     table.add_column("inference", justify="right")
     for row in answered:
         mark = "[green]right[/]" if row.right else "[bold red]WRONG[/]"
-        name, times = row.function, (mark, f"{row.first_s:.1f} s", f"{row.inference_ms:.0f} ms")
+        name, times = row.function, (mark, f"{row.first_s:.1f} s", f"{1000 * row.inference_s:.0f} ms")
         for texts in zip(row.inputs, row.answers, row.truths, strict=True):
             table.add_row(name, *map(escape, texts), *times)
             name, times = "", ("", "", "")  # said once for all calls of a function
@@ -245,9 +253,9 @@ def answers_table(answered: Sequence[Answered]) -> Table:
     return table
 
 
-def load_table(reports: Sequence[LoadReport]) -> Table:
+def load_table(reports: Sequence[LoadReport], rate: float) -> Table:
     """Measured latency, hits and misses of each policy."""
-    table = Table(title="The same load under each policy, measured (latency and load in seconds)")
+    table = Table(title=f"The same {rate:.1f} calls a second under each policy, measured (latency and load in seconds)")
     table.add_column("policy", no_wrap=True)
     for heading in ("answered", "failed", "mean", "p50", "p95", "hits", "misses", "miss %", "load"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -269,8 +277,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--virtual-gpus", type=int, default=2, help="how many (default %(default)s)")
     parser.add_argument("--gpu-memory", default="128MiB", help="memory of each (default %(default)s)")
     parser.add_argument("--policies", default="lb,lalb,lalb_o3", help="policies to compare (default %(default)s)")
-    parser.add_argument("--rate", type=float, default=3.0, help="requests a second (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="length of each load (default %(default)s)")
+    parser.add_argument("--rate", type=float, help="calls a second (default: what the GPUs can do if half miss)")
+    parser.add_argument("--seconds", type=float, default=15.0, help="length of each load (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the load's arrivals (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
     return parser.parse_args(arguments)
@@ -295,7 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 answered = call_all(showcases, url)
             if not options.json:
                 result_console.print(answers_table(answered))
-            reports = load(showcases, options, folder)
+            loads_s, inferences_s = [row.load_s for row in answered], [row.inference_s for row in answered]
+            rate = options.rate or fitting_rate(loads_s, inferences_s, options.virtual_gpus)
+            reports = load(showcases, rate, options, folder)
     except DemoError as error:
         progress_console.print(f"[red]demo stopped:[/] {error}", highlight=False)
         return 1
@@ -306,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         results = {
             "answers": [asdict(row) for row in answered],
+            "rate": rate,
             "load": [report.as_json() for report in reports],
             "all_right": right,
             "install_s": install_s,
@@ -313,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         print(json.dumps(results, indent=2, ensure_ascii=False))
     else:
-        result_console.print(load_table(reports))
+        result_console.print(load_table(reports, rate))
         for report in reports:
             for reason, count in report.failures.items():
                 result_console.print(f"{report.policy}: {count} failed: {escape(reason)}")

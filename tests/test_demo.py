@@ -89,6 +89,13 @@ def test_the_load_is_zipf_poisson_and_repeatable() -> None:
     assert {arrival.call for arrival in schedule if arrival.function == 2} == {0, 1, 2}
 
 
+def test_the_rate_keeps_the_gpus_busy_if_half_of_the_calls_miss() -> None:
+    assert demo_load.fitting_rate([1.0], [0.5], gpus=2) == pytest.approx(2 / (0.5 + 0.5))
+    # The first is called twice as often as the second.
+    assert demo_load.fitting_rate([1.0, 4.0], [0.5, 1.0], gpus=1) == pytest.approx(3 / (2 * 1.0 + 3.0))
+    assert demo_load.fitting_rate([0.0], [0.0], gpus=2) == pytest.approx(40)
+
+
 def test_the_report_counts_what_the_answers_say() -> None:
     seen = []
 
@@ -175,12 +182,13 @@ def test_deploying_names_the_file_and_shows_the_error(tmp_path: Path, monkeypatc
 def test_answers_are_judged_and_shown_beside_their_inputs() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         right = request.url.path == "/function/one"
-        return httpx.Response(200, json=1 if right else 2, headers={"X-Hotset-Inference-Seconds": "0.25"})
+        headers = {"X-Hotset-Load-Seconds": "1.5", "X-Hotset-Inference-Seconds": "0.25"}
+        return httpx.Response(200, json=1 if right else 2, headers=headers)
 
     with httpx.Client(base_url="http://hotset", transport=httpx.MockTransport(answer)) as client:
         rows = [demo._call(showcase(name), client) for name in ("one", "two")]
     assert [row.right for row in rows] == [True, False]
-    assert rows[0].inference_ms == 250
+    assert (rows[0].load_s, rows[0].inference_s) == (1.5, 0.25)
     assert (rows[1].inputs, rows[1].answers, rows[1].truths) == (["a body"], ["2"], ["1"])
     assert demo.answers_table(rows).row_count == 2
 
