@@ -15,12 +15,15 @@ import uvloop
 
 from hotset.node.interface import Answer, Call, LaunchSpec
 from hotset.node.manager import LocalNode
+from hotset.node.spawner import Spawner
 from hotset.vocabulary import FailureKind
 
 FUNCTIONS = Path(__file__).parent / "functions"
 """Directory of the modules the GPU processes of these tests import."""
 
 
+STUB = ("-I", "-S", str(Path(__file__).with_name("stub_process.py")))
+"""For ``Spawner``: processes that start in no time and run no function."""
 GPU = "local/virtual:0"
 MIB = 1 << 20
 
@@ -36,9 +39,11 @@ def story(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]
 
 
 @asynccontextmanager
-async def running(recorder: Recorder, gpus: int = 1, memory_bytes: int = 20 * MIB) -> AsyncIterator[LocalNode]:
+async def running(
+    recorder: Recorder, gpus: int = 1, memory_bytes: int = 20 * MIB, source: Spawner | None = None
+) -> AsyncIterator[LocalNode]:
     """A started node with virtual GPUs; whatever happens, it is stopped."""
-    node = LocalNode(virtual_gpus=gpus, memory_bytes=memory_bytes)
+    node = LocalNode(virtual_gpus=gpus, memory_bytes=memory_bytes, source=source or Spawner())
     await node.start(recorder)
     try:
         yield node

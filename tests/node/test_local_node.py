@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
-from recording import GPU, MIB, Recorder, ask, launch, running, story
+from recording import GPU, MIB, STUB, Recorder, ask, launch, running, story
 
 from hotset.errors import ConfigurationError, NodeError
 from hotset.node import process as process_module
+from hotset.node.frames import ANSWER_PREFIX, HEADER, SECONDS, SLOT_REFERENCE, Kind
 from hotset.node.interface import Call, Node
 from hotset.node.manager import LocalNode
 from hotset.node.spawner import Spawner
@@ -270,7 +273,7 @@ async def test_a_node_that_cannot_start_processes_says_so_and_recovers(recorder:
 @story
 async def test_a_hundred_swaps_leave_nothing(recorder: Recorder) -> None:
     me = psutil.Process()
-    async with running(recorder, gpus=2) as node:
+    async with running(recorder, gpus=2, source=Spawner(STUB)) as node:
         descriptors = None
         for swap in range(50):
             for gpu in node.gpus:
@@ -291,6 +294,52 @@ async def test_a_hundred_swaps_leave_nothing(recorder: Recorder) -> None:
     assert me.children() == []
 
 
+def _frame(kind: Kind, payload: bytes, id: int = 1, flags: int = 1, status: int = 200) -> bytes:
+    return HEADER.pack(len(payload), kind, flags, status, id) + payload
+
+
+_PREFIX = ANSWER_PREFIX.pack(0.1, 0)
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (b"\xff" * 64, "a frame of 4294967295 bytes, more than any may have"),
+        (_frame(Kind.CALL, b""), "a frame of kind 2, which no process may send"),
+        (_frame(Kind.ANSWER, b"short"), "an answer that is shorter than its own prefix"),
+        (_frame(Kind.ANSWER, ANSWER_PREFIX.pack(0.1, 9)), "an answer whose content type runs past its end"),
+        (_frame(Kind.ANSWER, ANSWER_PREFIX.pack(math.nan, 0)), "an answer that took an impossible time"),
+        (_frame(Kind.ANSWER, ANSWER_PREFIX.pack(0.1, 2) + b"\r\n"), "an answer whose content type is not printable"),
+        (_frame(Kind.ANSWER, _PREFIX, status=100), "an answer with status 100, which no HTTP answer may have"),
+        (_frame(Kind.ANSWER, _PREFIX, id=2), "an answer to a request it does not have"),
+        (_frame(Kind.ANSWER, _PREFIX + b"ab", flags=3), "a slot reference of the wrong size"),
+        (
+            _frame(Kind.ANSWER, _PREFIX + SLOT_REFERENCE.pack(0, 1 << 31), flags=3),
+            "a slot reference outside the other side's free memory",
+        ),
+        (_frame(Kind.FREE, b"", id=5), "a slot was freed that was not in use"),
+        (_frame(Kind.RAN, SECONDS.pack(0.1)), "the end of a run that has unanswered calls"),
+        (_frame(Kind.RAN, b"1"), "a duration of the wrong size"),
+        (_frame(Kind.ANSWER, _PREFIX) + _frame(Kind.RAN, SECONDS.pack(-1.0)), "a run that took an impossible time"),
+        (_frame(Kind.LOADED, b"\x81\xacmemory_bytes\x00"), "an untimely or impossible LOADED"),
+        (_frame(Kind.LOADED, b"rubbish"), "a control frame that cannot be read (Expected `object`, got `int`)"),
+        (_frame(Kind.FAILED, b"\x80"), "a control frame that cannot be read (Object missing required field `kind`)"),
+    ],
+)
+@story
+async def test_a_lying_process_costs_nobody_but_itself(recorder: Recorder, lie: bytes, reason: str) -> None:
+    async with running(recorder, source=Spawner(STUB)) as node:
+        node.load(GPU, launch("Liar", env={"LIE": lie.hex()}))
+        node.load(GPU, launch("Honest"))
+        node.run(GPU, "Liar@1", [ask(1, "x")])
+        node.run(GPU, "Honest@1", [ask(2, "x")])
+        await recorder.until(lambda: len(recorder.told) == 4)
+        assert recorder.whats == ["loaded", "loaded", "run_failed", "run_finished"]
+        assert recorder.told[2].kind is FailureKind.CRASH
+        assert recorder.told[2].reason.startswith(f"sent {reason}")
+        assert recorder.answers[-1].request_id == 2
+
+
 def test_orphans_when_the_server_is_killed(tmp_path: Path) -> None:
     """The whole server dies by SIGKILL: so do its GPU processes and what their functions started."""
     script = tmp_path / "server.py"
@@ -307,8 +356,6 @@ def test_orphans_when_the_server_is_killed(tmp_path: Path) -> None:
         "        await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
     )
-    import subprocess
-
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         pids = [int(word) for word in server.stdout.readline().split()]

@@ -152,11 +152,17 @@ class ProcessTransport(asyncio.BufferedProtocol):
             else:
                 self._filled += nbytes
                 self._decode()
-        except (FrameError, msgspec.MsgspecError) as error:
-            self._broken = str(error)
-            self._filled = 0
-            self._large = None
-            self.close()
+        except FrameError as error:
+            self._break(str(error))
+        except msgspec.MsgspecError as error:
+            self._break(f"a control frame that cannot be read ({error})")
+
+    def _break(self, rule: str) -> None:
+        """Hear no more of a process that breaks the protocol."""
+        self._broken = rule
+        self._filled = 0
+        self._large = None
+        self.close()
 
     def _receive_large(self, nbytes: int) -> None:
         assert self._large is not None
@@ -201,8 +207,8 @@ class ProcessTransport(asyncio.BufferedProtocol):
                     raise FrameError("a slot reference of the wrong size")
                 body = self._slots.read(*SLOT_REFERENCE.unpack_from(buffer, start))
             else:
-                view = memoryview(buffer)[start:end]
-                body = view if buffer is not self._buffer else bytes(view)
+                # The buffer is used again; a large frame has memory of its own.
+                body = bytes(self._view[start:end]) if buffer is self._buffer else memoryview(buffer)[start:end]
             if not 200 <= status <= 599:
                 raise FrameError(f"an answer with status {status}, which no HTTP answer may have")
             self._handler.on_answer(
