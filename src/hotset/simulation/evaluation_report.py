@@ -47,7 +47,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> list[Verdict]:
         "paper.html",
         evaluation=evaluation,
         verdicts=verdicts,
-        agreeing=sum(verdict.outcome is Outcome.AGREES for verdict in verdicts),
+        counts={outcome.name: sum(verdict.outcome is outcome for verdict in verdicts) for outcome in Outcome},
         best=max((run for run in evaluation.main if run.vs_lb), key=lambda run: run.vs_lb.speedup if run.vs_lb else 0),
         hardest=find(evaluation.main, "lalb_o3", max(run.working_set for run in evaluation.main)),
         headline=headline,
@@ -111,7 +111,7 @@ def _headline(verdicts: Sequence[Verdict]) -> Plot:
     )
     return Plot(
         name="headline",
-        title="Headline figures",
+        title="Reductions against LB: here and in the paper",
         png=png,
         text=(
             "How much LALB and LALB+O3 take off LB's average latency and miss ratio. A dot is the mean over seeds, its "
@@ -234,12 +234,13 @@ def _popularity(evaluation: Evaluation) -> Plot:
     )
     return Plot(
         name="popularity",
-        title="What if other functions were popular?",
+        title="Latency reduction against LB, by popularity",
+        heading="What if other functions were popular?",
         png=lines(chart, ZIPF_EXPONENTS),
         text=(
-            "The paper replays a window of a trace that is not at hand. How much a policy gains depends on how even the "
-            "popularity of functions is: most of all for LALB on the largest working set, where it loads so often that "
-            "its GPUs have little time left.",
+            "The paper replays a window of a trace that is not at hand. How much a policy gains depends on how even "
+            "the popularity of functions is: most of all for LALB on the largest working set, where it loads so often "
+            "that its GPUs have little time left.",
         ),
         header=("zipf", "working_set", "policy", "latency_reduction", "miss_reduction", "speedup"),
         rows=[
@@ -271,12 +272,14 @@ def _loads(evaluation: Evaluation) -> Plot:
     cheapest = _of(evaluation.loads, "lb", size)[0]
     return Plot(
         name="load_cost",
-        title="What if loads were cheaper?",
+        title="Average latency by the cost of a load",
+        heading="What if loads were cheaper?",
         png=lines(chart, LOAD_SCALES, log_x=True),
         text=(
             f"Everything hangs on what a miss costs. At {LOAD_SCALES[0]:g} of the profile's load times even LB is "
-            f"within {cheapest.mean_latency_s / cheapest.ideal_mean_latency_s - 1:.0%} of the ideal: a system that starts "
-            "processes ahead of time and copies weights fast needs no clever placement; one that does not lives by it.",
+            f"within {cheapest.mean_latency_s / cheapest.ideal_mean_latency_s - 1:.0%} of the ideal: a system that "
+            "starts processes ahead of time and copies weights fast needs no clever placement; one that does not lives "
+            "by it.",
         ),
         header=("load_scale", "working_set", "policy", "mean_latency_s", "miss_ratio", "latency_reduction"),
         rows=[

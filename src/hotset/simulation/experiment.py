@@ -193,26 +193,43 @@ def run_experiment(
     """Run everything; results are by workload, then in the order of ``spec.variants()``.
 
     ``progress`` hears the share done, 0 to 1. ``jobs`` bounds the processes (None: one per usable core); the results do
-    not depend on it.
+    not depend on it. Raises ``UnknownNameError`` for a policy or eviction nobody registered.
     """
-    listed = spec.variants()
+    return run_experiments([spec], progress, jobs)[0]
+
+
+def run_experiments(
+    specs: Sequence[ExperimentSpec], progress: Callable[[float], None] = _nobody, jobs: int | None = None
+) -> list[list[RunResult]]:
+    """Several experiments with the same processes; otherwise like ``run_experiment`` for each."""
+    played = _play_all([case for spec in specs for case in _cases(spec)], progress, jobs)
+    return [_results(spec, played) for spec in specs]
+
+
+def _cases(spec: ExperimentSpec) -> list[_Case]:
     for eviction in spec.evictions:
         make_eviction(eviction)
-    variants = list(dict.fromkeys([*listed, *(_baselines(spec.load_scales) if spec.baseline else ())]))
-    seeds = range(spec.first_seed, spec.first_seed + spec.seeds)
-    cases = [
-        _Case(workload=workload, cluster=spec.cluster, variants=variants, seed=seed, faults=spec.faults)
+    return [
+        _Case(workload=workload, cluster=spec.cluster, variants=_all_variants(spec), seed=seed, faults=spec.faults)
         for workload in spec.workloads
-        for seed in seeds
+        for seed in range(spec.first_seed, spec.first_seed + spec.seeds)
     ]
-    played = _play_all(cases, progress, jobs)
+
+
+def _all_variants(spec: ExperimentSpec) -> list[Variant]:
+    """Those that are listed and those that they are compared with."""
+    baselines = [_baseline(scale) for scale in spec.load_scales] if spec.baseline else []
+    return list(dict.fromkeys([*spec.variants(), *baselines]))
+
+
+def _results(spec: ExperimentSpec, played: Iterator[list[SeedRun]]) -> list[RunResult]:
+    """Takes this experiment's cases from what was played."""
+    variants = _all_variants(spec)
     results: list[RunResult] = []
     for workload in spec.workloads:
-        by_variant: dict[Variant, list[SeedRun]] = {variant: [] for variant in variants}
-        for runs in islice(played, spec.seeds):
-            for variant, run in zip(variants, runs, strict=True):
-                by_variant[variant].append(run)
-        for variant in listed:
+        columns = zip(*islice(played, spec.seeds), strict=True)
+        by_variant = {variant: list(column) for variant, column in zip(variants, columns, strict=True)}
+        for variant in spec.variants():
             baseline = by_variant.get(_baseline(variant.load_scale))
             results.append(_summary(workload, variant, by_variant[variant], baseline))
     return results
@@ -220,10 +237,6 @@ def run_experiment(
 
 def _baseline(load_scale: float) -> Variant:
     return Variant(policy=BASELINE_POLICY, eviction=BASELINE_EVICTION, load_scale=load_scale)
-
-
-def _baselines(load_scales: Iterable[float]) -> list[Variant]:
-    return [_baseline(scale) for scale in load_scales]
 
 
 def _play_all(cases: list[_Case], progress: Callable[[float], None], jobs: int | None) -> Iterator[list[SeedRun]]:
@@ -236,9 +249,11 @@ def _play_all(cases: list[_Case], progress: Callable[[float], None], jobs: int |
         return
     # Spawned, not forked: the same on every platform and safe when the caller has threads.
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    runs_in_all, finished = sum(len(case.variants) for case in cases), 0
     try:
-        for done, runs in enumerate(pool.map(_play_elsewhere, cases), start=1):
-            progress(done / len(cases))
+        for runs in pool.map(_play_elsewhere, cases):
+            finished += len(runs)
+            progress(finished / runs_in_all)
             yield runs
     except BrokenProcessPool:
         raise NodeError("a simulation process died, perhaps for want of memory; try again with one job") from None

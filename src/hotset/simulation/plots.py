@@ -228,5 +228,5 @@ def _colour(key: str, number: int) -> str:
 def _short(value: float, *, percent: bool) -> str:
     if percent:
         whole = abs(value) >= 0.0995 or abs(value * 100 - round(value * 100)) < 1e-9
-        return f"{value * 100:.0f} %" if whole else f"{value * 100:.1f} %"
+        return f"{value:.0%}" if whole else f"{value:.1%}"
     return f"{value:.0f}" if abs(value) >= 99.5 else f"{value:.3g}"

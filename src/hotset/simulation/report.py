@@ -27,6 +27,8 @@ class Plot(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     """Of its files, without suffix."""
     title: str
+    heading: str = ""
+    """Above it on the page, if that is to say more than the title in the picture."""
     png: bytes
     text: Sequence[str]
     """Paragraphs."""
@@ -207,6 +209,6 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda value, digits=1: f"{value * 100:.{digits}f} %"
+    environment.filters["percent"] = lambda value, digits=1: f"{value:.{digits}%}"
     environment.globals["label"] = variant_label
     return environment.get_template(template).render(**values)
