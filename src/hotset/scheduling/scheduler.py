@@ -159,15 +159,12 @@ class Scheduler:
 
     def _withdraw(self, entry: Entry) -> None:
         """Take a request out of wherever it waits; on a GPU it is only marked, and its result goes unread."""
-        match entry.place:
-            case Place.QUEUED:
-                self.cluster.queue.take(entry, Place.ASSIGNED, skips=False)
-            case Place.RETRY:
-                self._retries.remove(entry)
-            case Place.LOCAL:
-                self.cluster.remove_local(self.cluster.gpus[entry.gpu_id], entry)
-            case Place.ASSIGNED:
-                pass
+        if entry.place is Place.QUEUED:
+            self.cluster.queue.take(entry, Place.ASSIGNED, skips=False)
+        elif entry.place is Place.RETRY:
+            self._retries.remove(entry)
+        elif entry.place is Place.LOCAL:
+            self.cluster.remove_local(self.cluster.gpus[entry.gpu_id], entry)
         entry.cancelled = True
 
     # Placement
@@ -235,7 +232,7 @@ class Scheduler:
     def _run(self, gpu: GpuState, work: Work, now_s: float) -> None:
         """The model is HOT: start the run, joined by whoever waits for the same model and may join."""
         model, entries = work.model, work.entries
-        self._join(gpu, model, entries)
+        self._join(gpu, model, entries, now_s)
         self.cache.use(gpu.memory, model, now_s)
         self.cluster.set_busy(gpu, work, now_s + self.cluster.inference_s(model, gpu, len(entries)))
         if self._journalling:
@@ -243,7 +240,8 @@ class Scheduler:
                 self.journal.started(entry.request.request_id, now_s)
         self._actions.append(Run(gpu.gpu_id, model, tuple([entry.request.request_id for entry in entries]), work.hit))
 
-    def _join(self, gpu: GpuState, model: str, entries: list[Entry]) -> None:
+    def _join(self, gpu: GpuState, model: str, entries: list[Entry], now_s: float) -> None:
+        """Waiting requests for the model that a GPU is about to run may run with it."""
         limit = self.cluster.models[model].max_batch
         if self._burst_s:
             one_s = self.cluster.inference_s(model, gpu)
@@ -257,6 +255,10 @@ class Scheduler:
             entry.gpu_id = gpu.gpu_id
             entry.attempts += 1
             entries.append(entry)
+            if self._journalling:
+                inference_s = self.cluster.inference_s(model, gpu, len(entries))
+                decision = Decision(now_s, gpu.gpu_id, Rule.JOINED, True, 0.0, 0.0, inference_s)
+                self.journal.decided(entry.request.request_id, model, entry.request.arrival_s, decision)
 
     def _release(self, gpu: GpuState, model: str, now_s: float) -> None:
         """The GPU is done with a model, which stays there unless it was removed meanwhile."""
@@ -295,7 +297,7 @@ class Scheduler:
             self._learn_memory(event.model, resident.memory_bytes)
         work.entries = [entry for entry in work.entries if not entry.cancelled]
         if not work.entries:
-            self._join(gpu, event.model, work.entries)
+            self._join(gpu, event.model, work.entries, now_s)
         if work.entries:
             self._run(gpu, work, now_s)
         else:

@@ -23,6 +23,7 @@ class Rule(Enum):
     HOLDER_AWAITED = "the busy holder is left to an older request that fits nowhere else"
     OUT_OF_ORDER_HIT = "the GPU holds the model of a younger request"
     LOCAL_QUEUE = "head of the GPU's local queue"
+    JOINED = "joined a run of its model that was about to begin"
     RETRY = "second try after its process died"
 
 
