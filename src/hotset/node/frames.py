@@ -29,7 +29,9 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from enum import IntEnum, IntFlag
+from typing import TypeVar
 
 import msgspec
 
@@ -41,6 +43,9 @@ SLOT_REFERENCE = struct.Struct("<II")
 CALL_PREFIX = struct.Struct("<HH")
 ANSWER_PREFIX = struct.Struct("<dH")
 SECONDS = struct.Struct("<d")
+ANSWER_HEAD = struct.Struct("<IBBHQdH")
+"""A header and an answer's prefix in one go."""
+RAN_FRAME = struct.Struct("<IBBHQd")
 
 INLINE_BYTES = 64 * 1024
 """A larger body travels in a shared-memory slot, when one is free."""
@@ -83,10 +88,14 @@ class LoadOrder(msgspec.Struct, frozen=True, kw_only=True):
     """What the function's ``load(device)`` gets: ``cpu`` or ``cuda:0``."""
     limit_bytes: int | None = None
     """Device memory that is free for the model; None: not counted (CPU functions)."""
+    env: Mapping[str, str] = {}
+    """The function's environment variables."""
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
+    frameworks: tuple[str, ...] = ()
+    """What slow imports the function needed: the next process may have them done beforehand."""
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,9 +112,24 @@ def control(kind: Kind, payload: msgspec.Struct | None = None, id: int = 0) -> b
 
 
 _TEXT_LIMIT = 65535
+# The same few headers come again and again.
 _call_prefixes: dict[tuple[str, str], bytes] = {}
+_call_texts: dict[bytes, tuple[str, str]] = {}
 _answer_types: dict[bytes, str] = {}
+_answer_kinds: dict[str, bytes] = {}
 _CACHE_ENTRIES = 256
+_CACHED_BYTES = 1024
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def _remember(cache: dict[K, V], key: K, value: V, size: int) -> V:
+    if size <= _CACHED_BYTES:
+        if len(cache) >= _CACHE_ENTRIES:
+            cache.clear()
+        cache[key] = value
+    return value
 
 
 def _text(text: str) -> bytes:
@@ -113,15 +137,13 @@ def _text(text: str) -> bytes:
 
 
 def call_prefix(content_type: str, accept: str) -> bytes:
-    """What precedes a call's body; the same few strings come again and again."""
+    """What precedes a call's body."""
     key = (content_type, accept)
     prefix = _call_prefixes.get(key)
     if prefix is None:
         content, wanted = _text(content_type), _text(accept)
         prefix = CALL_PREFIX.pack(len(content), len(wanted)) + content + wanted
-        if len(_call_prefixes) >= _CACHE_ENTRIES:
-            _call_prefixes.clear()
-        _call_prefixes[key] = prefix
+        _remember(_call_prefixes, key, prefix, len(prefix))
     return prefix
 
 
@@ -130,11 +152,12 @@ def split_call(payload: bytes | memoryview) -> tuple[str, str, int]:
     content_size, accept_size = CALL_PREFIX.unpack_from(payload)
     middle = CALL_PREFIX.size + content_size
     end = middle + accept_size
-    return (
-        str(payload[CALL_PREFIX.size : middle], "latin-1"),
-        str(payload[middle:end], "latin-1"),
-        end,
-    )
+    raw = bytes(payload[:end])
+    texts = _call_texts.get(raw)
+    if texts is None:
+        texts = (str(raw[CALL_PREFIX.size : middle], "latin-1"), str(raw[middle:], "latin-1"))
+        _remember(_call_texts, raw, texts, end)
+    return *texts, end
 
 
 def split_answer(payload: bytes | bytearray | memoryview, start: int, end: int) -> tuple[float, str, int]:
@@ -156,7 +179,13 @@ def split_answer(payload: bytes | bytearray | memoryview, start: int, end: int) 
         content_type = raw.decode("latin-1")
         if not content_type.isprintable():
             raise FrameError("an answer whose content type is not printable")
-        if len(_answer_types) >= _CACHE_ENTRIES:
-            _answer_types.clear()
-        _answer_types[raw] = content_type
+        _remember(_answer_types, raw, content_type, size)
     return inference_s, content_type, body + size
+
+
+def answer_kind(content_type: str) -> bytes:
+    """An answer's content type, as it travels."""
+    kind = _answer_kinds.get(content_type)
+    if kind is None:
+        kind = _remember(_answer_kinds, content_type, _text(content_type), len(content_type))
+    return kind

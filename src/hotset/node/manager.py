@@ -16,7 +16,8 @@ from hotset.node.devices.device import Device
 from hotset.node.devices.virtual import virtual_devices
 from hotset.node.interface import Call, LaunchSpec, NodeListener, ProcessReport
 from hotset.node.lane import Lane, LoadOperation, RunOperation, UnloadOperation
-from hotset.node.spawner import ProcessSource, Spawner
+from hotset.node.spawner import ProcessSource
+from hotset.node.zygote import ZygoteSource
 from hotset.vocabulary import Gpu
 
 _PROBE_S = 2.0
@@ -49,7 +50,7 @@ class LocalNode:
         self._virtual_gpus = virtual_gpus
         self._memory_bytes = memory_bytes
         self._name = name
-        self._source = source or Spawner()
+        self._source = source or ZygoteSource()
         self._nvml = nvml
         self._lanes: dict[str, Lane] = {}
         self._where: dict[int, Lane] = {}
@@ -137,12 +138,10 @@ class LocalNode:
         except OSError:
             self._probing = asyncio.get_running_loop().call_later(_PROBE_S, self._probe)
             return
-        spawned.socket.close()
         os.killpg(spawned.process.pid, signal.SIGKILL)
         spawned.process.reap()
         self._source.forget(spawned.process.pid)
-        for descriptor in (spawned.arena_fd, spawned.log_fd, spawned.pidfd):
-            os.close(descriptor)
+        spawned.close()
         for lane in self._lanes.values():
             lane.spawn_failed = False
 

@@ -32,6 +32,9 @@ GRACE_S = 2.0
 _LAST_WORDS_S = 1.0
 """How long the socket of a dead process may stay open (somebody else holds it) before it is closed for it."""
 
+_REASON_CHARACTERS = 500
+"""How much of a process's own words goes into a failure's reason."""
+
 
 class ProcessState(Enum):
     STARTING = "starting"
@@ -124,7 +127,7 @@ class ModelProcess:
         """As measured after the load."""
         self.started_s = monotonic()
         self._owner = owner
-        self._order = order
+        self._order = msgspec.structs.replace(order, env=dict(env))
         self._source = source
         self._env = env
         self._loop = asyncio.get_running_loop()
@@ -212,6 +215,7 @@ class ModelProcess:
         self.loaded = True
         self.memory_bytes = loaded.memory_bytes
         self._deadline.clear()
+        self._source.prepare(self.spec.python, loaded.frameworks)
         self._owner.process_loaded(self, loaded.memory_bytes)
 
     def on_answer(self, answer: Answer) -> None:
@@ -235,7 +239,8 @@ class ModelProcess:
 
     def on_failed(self, failed: Failed) -> None:
         # It exits by itself now; the deadline sees to it.
-        self._end_because(Ending(failed.kind, failed.reason, memory_bytes=failed.memory_bytes))
+        reason = failed.reason[:_REASON_CHARACTERS]
+        self._end_because(Ending(failed.kind, reason, memory_bytes=failed.memory_bytes))
 
     def on_closed(self, broken: str | None) -> None:
         self._closed = True
@@ -300,7 +305,7 @@ class ModelProcess:
     def _crash(self, return_code: int, last_line: str) -> Ending:
         if return_code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
             return Ending(FailureKind.OUT_OF_MEMORY, "was killed by the kernel because the machine had no memory left")
-        words = f"; it last printed: {last_line.strip()}" if last_line else ""
+        words = f"; it last printed: {last_line.strip()[:_REASON_CHARACTERS]}" if last_line else ""
         return Ending(FailureKind.CRASH, return_code_text(return_code) + words)
 
 

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -46,12 +46,61 @@ class Spawned(msgspec.Struct, frozen=True):
     pidfd: int
     """Readable when it has ended."""
 
+    def close(self) -> None:
+        """Close the node's ends: of a process that nobody used."""
+        self.socket.close()
+        for descriptor in (self.arena_fd, self.log_fd, self.pidfd):
+            os.close(descriptor)
+
+
+class Connections:
+    """What connects the node to one process, before there is a process: raises ``OSError`` when it cannot be had."""
+
+    def __init__(self) -> None:
+        with contextlib.ExitStack() as undo:
+            self._ours, self._theirs = socket.socketpair()
+            undo.callback(self._ours.close)
+            undo.callback(self._theirs.close)
+            self._log_fd, self._log_write_fd = os.pipe()
+            undo.callback(os.close, self._log_fd)
+            undo.callback(os.close, self._log_write_fd)
+            self._arena_fd = create_arena()
+            undo.pop_all()
+        self._ours.setblocking(False)
+        os.set_blocking(self._log_fd, False)
+        for end in (self._ours, self._theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+
+    @property
+    def theirs(self) -> tuple[int, int, int]:
+        """Descriptors the process needs: socket, log (to write), arena (shared by both)."""
+        return self._theirs.fileno(), self._log_write_fd, self._arena_fd
+
+    def close_theirs(self) -> None:
+        """The process has its own copies."""
+        self._theirs.close()
+        os.close(self._log_write_fd)
+
+    def close(self) -> None:
+        """Close the node's ends; nothing came of it."""
+        self._ours.close()
+        os.close(self._log_fd)
+        os.close(self._arena_fd)
+
+    def spawned(self, process: ProcessHandle) -> Spawned:
+        """The node's ends, now those of this process; raises ``OSError`` when it is gone already."""
+        return Spawned(process, self._ours, self._arena_fd, self._log_fd, os.pidfd_open(process.pid))
+
 
 class ProcessSource(Protocol):
     """Yields started processes. Raises ``OSError`` when it cannot."""
 
     def spawn(self, python: str, env: Mapping[str, str]) -> Spawned:
         """``python``: interpreter of the function's environment. ``env``: variables on top of the node's own."""
+        ...
+
+    def prepare(self, python: str, modules: Iterable[str]) -> None:
+        """Processes of this interpreter will import these modules; have them at hand if that makes a difference."""
         ...
 
     def forget(self, pid: int) -> None:
@@ -73,45 +122,48 @@ class _Popen(msgspec.Struct, frozen=True):
 
 
 class Spawner:
-    """A new interpreter for every process, and a guard for them all."""
+    """A new interpreter for every process, and a guard for them all. ``program``: what the interpreter runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Sequence[str] = ("-P", "-m", "hotset.node.worker")) -> None:
+        self._program = program
         self._guard: subprocess.Popen[bytes] | None = None
 
     def spawn(self, python: str, env: Mapping[str, str]) -> Spawned:
-        with contextlib.ExitStack() as undo:
-            ours, theirs = socket.socketpair()
-            undo.callback(ours.close)
-            log_fd, log_write_fd = os.pipe()
-            undo.callback(os.close, log_fd)
-            arena_fd = create_arena()
-            undo.callback(os.close, arena_fd)
-            ours.setblocking(False)
-            os.set_blocking(log_fd, False)
-            for end in (ours, theirs):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
-            try:
-                popen = subprocess.Popen(
-                    [
-                        *(python, "-P", "-m", "hotset.node.worker"),
-                        *("--socket", str(theirs.fileno()), "--arena", str(arena_fd), "--parent", str(os.getpid())),
-                    ],
-                    env=child_environment(env),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log_write_fd,
-                    stderr=log_write_fd,
-                    pass_fds=(theirs.fileno(), arena_fd),
-                    process_group=0,
-                )
-            finally:
-                theirs.close()
-                os.close(log_write_fd)
-            self._tell_guard(f"+{popen.pid}\n")
-            undo.callback(popen.wait)
-            undo.callback(popen.kill)
-            pidfd = os.pidfd_open(popen.pid)
-            undo.pop_all()
-        return Spawned(_Popen(popen), ours, arena_fd, log_fd, pidfd)
+        connections = Connections()
+        socket_fd, log_fd, arena_fd = connections.theirs
+        try:
+            popen = subprocess.Popen(
+                [
+                    *(python, *self._program),
+                    *("--socket", str(socket_fd), "--arena", str(arena_fd), "--parent", str(os.getpid())),
+                ],
+                env=child_environment(env),
+                stdin=subprocess.DEVNULL,
+                stdout=log_fd,
+                stderr=log_fd,
+                pass_fds=(socket_fd, arena_fd),
+                process_group=0,
+            )
+        except OSError:
+            connections.close()
+            raise
+        finally:
+            connections.close_theirs()
+        self.guard(popen.pid)
+        try:
+            return connections.spawned(_Popen(popen))
+        except OSError:
+            popen.kill()
+            popen.wait()
+            connections.close()
+            raise
+
+    def prepare(self, python: str, modules: Iterable[str]) -> None:
+        """A fresh interpreter imports everything itself."""
+
+    def guard(self, pid: int) -> None:
+        """Have the process group ended when the node is gone, until ``forget``."""
+        self._tell_guard(f"+{pid}\n")
 
     def forget(self, pid: int) -> None:
         self._tell_guard(f"-{pid}\n")
@@ -142,8 +194,16 @@ class Spawner:
 
 
 def child_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """The node's own variables, less hotset's settings, with the function's on top."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HOTSET_")}
+    """The node's own variables, less hotset's settings, with the function's on top.
+
+    Bytecode is always kept: process after process imports the same frameworks, and compiling torch anew each time takes
+    seconds.
+    """
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("HOTSET_") and name != "PYTHONDONTWRITEBYTECODE"
+    }
     return inherited | dict(env)
 
 

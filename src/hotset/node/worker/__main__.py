@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import socket
-import sys
 
-from hotset.node.worker.channel import Channel
-from hotset.node.worker.loop import Worker
-from hotset.node.worker.orphans import die_with, volunteer_for_oom
+from hotset.node.worker.entry import become_worker
 
 
 def main() -> None:
@@ -19,19 +13,7 @@ def main() -> None:
     parser.add_argument("--arena", type=int, required=True, help="descriptor of the shared-memory slots")
     parser.add_argument("--parent", type=int, required=True, help="process id of the node")
     arguments = parser.parse_args()
-    die_with(arguments.parent)
-    volunteer_for_oom()
-    # Ctrl-C in the server's terminal is the server's to handle: it drains first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    for descriptor in (arguments.socket, arguments.arena):
-        os.set_inheritable(descriptor, False)
-    code = Worker(Channel(socket.socket(fileno=arguments.socket), arguments.arena)).main()
-    # No interpreter shutdown: it can take a framework seconds, and the next model waits for this one's memory.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    become_worker(arguments.socket, arguments.arena, arguments.parent)
 
 
 main()

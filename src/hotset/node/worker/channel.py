@@ -8,10 +8,12 @@ from collections import deque
 import msgspec
 
 from hotset.node.frames import (
+    ANSWER_HEAD,
     ANSWER_PREFIX,
     HEADER,
     HEADER_BYTES,
     INLINE_BYTES,
+    RAN_FRAME,
     SECONDS,
     SLOT_REFERENCE,
     SMALL_FRAME_BYTES,
@@ -20,6 +22,7 @@ from hotset.node.frames import (
     Kind,
     Loaded,
     LoadOrder,
+    answer_kind,
     control,
     split_call,
 )
@@ -162,7 +165,7 @@ class Channel:
     ) -> None:
         """Gather one answer, or one chunk of it (not ``final``)."""
         flags = _LAST if final else 0
-        kind = content_type.encode("latin-1", "replace")
+        kind = answer_kind(content_type)
         if type(body) is not bytes:
             body = memoryview(body).cast("B")
         size = len(body)
@@ -170,18 +173,19 @@ class Channel:
             flags |= _SLOT
             body = SLOT_REFERENCE.pack(offset, size)
             size = SLOT_REFERENCE.size
-        prefix = ANSWER_PREFIX.pack(inference_s, len(kind)) + kind
-        self._out.append(HEADER.pack(len(prefix) + size, _ANSWER, flags, status, request_id) + prefix)
+        length = ANSWER_PREFIX.size + len(kind) + size
+        self._out.append(ANSWER_HEAD.pack(length, _ANSWER, flags, status, request_id, inference_s, len(kind)))
+        self._out.append(kind)
         self._out.append(body)
         if len(self._out) >= _GATHERED_PARTS:
             self.flush()
 
     def ran(self, inference_s: float) -> None:
         """Gather the end of a run."""
-        self._out.append(HEADER.pack(SECONDS.size, _RAN, 0, 0, 0) + SECONDS.pack(inference_s))
+        self._out.append(RAN_FRAME.pack(SECONDS.size, _RAN, 0, 0, 0, inference_s))
 
-    def loaded(self, memory_bytes: int) -> None:
-        self._out.append(control(Kind.LOADED, Loaded(memory_bytes=memory_bytes)))
+    def loaded(self, loaded: Loaded) -> None:
+        self._out.append(control(Kind.LOADED, loaded))
         self.flush()
 
     def failed(self, failed: Failed) -> None:

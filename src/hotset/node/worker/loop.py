@@ -15,17 +15,18 @@ from time import perf_counter
 from hotset.functions.loading import load_entry
 from hotset.functions.runtime import Call as Argument
 from hotset.functions.runtime import Outcome, Runtime, Stream
-from hotset.node.frames import MAX_BODY_BYTES, Failed, LoadOrder
+from hotset.node.frames import MAX_BODY_BYTES, Failed, Loaded, LoadOrder
 from hotset.node.interface import Call
+from hotset.node.worker import environment
 from hotset.node.worker.channel import ByeError, Channel, ClosedError
 from hotset.node.worker.faults import classify, describe, load_failure
 from hotset.node.worker.memory import cuda_bytes, measure, private_bytes
 from hotset.vocabulary import FailureKind
 
 _TINY_S = 100e-6
-"""After a call or item this short the next one is expected to be as short: its reply may wait and leave with others."""
+"""After an item of a stream this short the next one is expected to be as short: they may leave together."""
 _HELD_S = 200e-6
-"""But no reply waits longer than this for the next call to begin."""
+"""But no item waits longer than this for the next one to begin."""
 _TOO_LARGE = b'{"error":"the answer has more than %d bytes: return less, or yield it in parts"}' % MAX_BODY_BYTES
 
 
@@ -50,8 +51,6 @@ class Worker:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._runtime: Runtime | None = None
-        self._last_s = 0.0
-        self._flushed_s = 0.0
 
     def main(self) -> Exit:
         """Live and die. Every way out but a crash comes through here."""
@@ -77,6 +76,7 @@ class Worker:
     def _load(self, order: LoadOrder) -> Failed | None:
         if os.path.isdir(order.code_path):
             os.chdir(order.code_path)
+        environment.apply(order.env)
         try:
             function = load_entry(order.code_path, order.entry)
             _limit_cuda(order)
@@ -97,7 +97,7 @@ class Worker:
                     memory_bytes=memory_bytes,
                 )
         self._runtime = runtime
-        self._channel.loaded(memory_bytes)
+        self._channel.loaded(Loaded(memory_bytes=memory_bytes, frameworks=environment.imported_frameworks()))
         return None
 
     def _unload(self) -> None:
@@ -126,13 +126,14 @@ class Worker:
 
     def _run_one(self, call: Call) -> None:
         assert self._runtime is not None
-        begin_s = self._flush_if_due()
+        # Answers leave before the next call begins: should it take the process down, it fails alone.
+        self._channel.flush()
+        begin_s = perf_counter()
         if call.request_id in self._channel.cancelled:
             self._channel.answer(call.request_id, 200, call.content_type, b"", 0.0, final=True)
             return
         outcome = self._runtime.call(call.body, call.content_type, call.accept)
         self._answer(call.request_id, outcome, begin_s)
-        self._last_s = perf_counter() - begin_s
 
     def _run_batch(self, calls: list[Call]) -> None:
         assert self._runtime is not None
@@ -141,7 +142,6 @@ class Worker:
         arguments = [Argument(call.body, call.content_type, call.accept) for call in calls]
         calls.clear()
         outcomes = self._runtime.call_batch(arguments)
-        self._last_s = perf_counter() - begin_s
         for request_id, outcome in zip(request_ids, outcomes, strict=True):
             self._answer(request_id, outcome, begin_s)
 
@@ -158,13 +158,15 @@ class Worker:
 
     def _stream(self, request_id: int, outcome: Outcome, stream: Stream, begin_s: float) -> None:
         channel = self._channel
+        flushed_s = item_s = begin_s
         try:
-            item_s = perf_counter()
             for item in stream:
                 now_s = perf_counter()
-                self._last_s, item_s = now_s - item_s, now_s
                 channel.answer(request_id, outcome.status, outcome.content_type, item, now_s - begin_s, final=False)
-                self._flush_if_due()
+                if now_s - item_s > _TINY_S or now_s - flushed_s > _HELD_S:
+                    channel.flush()
+                    flushed_s = now_s
+                item_s = now_s
                 channel.poll()
                 if request_id in channel.cancelled:
                     break
@@ -172,14 +174,6 @@ class Worker:
             stream.close()
         _raise_device_errors(stream.error)
         channel.answer(request_id, outcome.status, outcome.content_type, b"", perf_counter() - begin_s, final=True)
-
-    def _flush_if_due(self) -> float:
-        """Before work of unknown length: let gathered replies go, unless work is tiny and they are fresh. The time."""
-        now_s = perf_counter()
-        if self._last_s > _TINY_S or now_s - self._flushed_s > _HELD_S:
-            self._channel.flush()
-            self._flushed_s = now_s
-        return now_s
 
 
 def _raise_device_errors(error: Exception | None) -> None:
