@@ -130,6 +130,22 @@ def test_a_body_over_the_limit_is_refused_as_soon_as_that_is_known(body, headers
     run(story)
 
 
+def test_a_server_that_holds_enough_bodies_takes_no_more():
+    async def story():
+        door = Door()
+        await door.start(version("cat"))
+        door.client.application = Gateway(door.control, no_rest, max_body_bytes=LIMIT, max_open_bytes=LIMIT)
+        door.control.submit("cat", b"x" * 600)
+        for body in (b"x" * 401, [b"x" * 200, b"x" * 200, b"x"]):
+            reply = await door.client.request("POST", "/function/cat", body)
+            assert (reply.status, reply.headers["retry-after"]) == (429, "1")
+        assert (await door.post("/function/cat", b"x" * 400)).status == 200
+        assert (await door.post("/function/cat", [b"x" * 500, b"x" * 500])).status == 200
+        assert door.control.open_body_bytes == 0
+
+    run(story)
+
+
 def test_a_body_at_the_limit_is_taken():
     async def story():
         door = Door()

@@ -259,6 +259,20 @@ def test_a_function_that_keeps_dying_fails_with_its_reason_and_is_then_left_alon
     run(story)
 
 
+@pytest.mark.parametrize(
+    ("kind", "status"), [(FailureKind.HANG, 504), (FailureKind.OUT_OF_MEMORY, 507), (FailureKind.CRASH, 502)]
+)
+def test_the_way_a_process_failed_shows_in_the_status(kind, status):
+    async def story():
+        world = await World().start(version("cat"))
+        for _ in range(2):
+            world.node.fail_run("cat@1", kind, "no luck")
+        result = await world.finish(world.control.submit("cat", b"x"))
+        assert (result.record.status, error_of(result.body)) == (status, "no luck")
+
+    run(story)
+
+
 def test_a_model_that_does_not_load_says_why():
     async def story():
         world = await World().start(version("cat"))

@@ -242,8 +242,10 @@ def test_functions_and_what_was_learned_survive_a_restart(tmp_path):
         model = server.control.functions.current["greet"].model
         server.behave(model, memory_bytes=20 * MIB)
         await server.call("greet", b'"you"')
+        await server.upload(SHOUT)
 
     async def second(server: Server):
+        assert len(list((tmp_path / "bundles").iterdir())) == 1
         scheduled = server.control.functions.current["greet"].spec.scheduled
         assert scheduled is not None
         assert scheduled.memory_bytes == 20 * MIB

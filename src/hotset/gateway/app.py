@@ -23,25 +23,38 @@ Headers = list[tuple[bytes, bytes]]
 PREFIX = "/function/"
 NAMESPACE = "openfaas-fn"
 """The one namespace: OpenFaaS clients call ``NAME.openfaas-fn``, which is ``NAME``."""
+_CLOSE = (b"connection", b"close")
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 DEFAULT_MAX_BODY_BYTES = 64 << 20
+DEFAULT_MAX_OPEN_BYTES = 2 << 30
 
 
 class BodyError(Exception):
     """A request that is refused before it is a call; the message is one sentence for the caller."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, *headers: tuple[bytes, bytes]) -> None:
         super().__init__(message)
         self.status = status
+        self.headers = headers
 
 
 class Gateway:
     """ASGI application. ``rest`` serves what is not a call of a function."""
 
-    def __init__(self, control: Control, rest: Application, *, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) -> None:
+    def __init__(
+        self,
+        control: Control,
+        rest: Application,
+        *,
+        max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+        max_open_bytes: int = DEFAULT_MAX_OPEN_BYTES,
+    ) -> None:
+        """``max_body_bytes``: of one call. ``max_open_bytes``: of all calls that are being read, wait or run."""
         self._control = control
         self._rest = rest
         self._max_body_bytes = max_body_bytes
+        self._max_open_bytes = max_open_bytes
+        self._reading_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(PREFIX):
@@ -53,7 +66,7 @@ class Gateway:
         try:
             pending = await self._submit(scope, receive)
         except BodyError as error:
-            await _respond(send, error.status, error_body(str(error)), close=error.status == 413)
+            await _respond(send, error)
             return
         if pending is None:
             return
@@ -74,8 +87,7 @@ class Gateway:
         name = scope["path"][len(PREFIX) :].partition("/")[0]
         function = self._function(name)
         headers = dict(scope["headers"])
-        if _declared_length(headers.get(b"content-length", b"0")) > self._max_body_bytes:
-            raise self._too_large()
+        self._check_room(_declared_length(headers.get(b"content-length", b"0")))
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
@@ -85,8 +97,8 @@ class Gateway:
             if rest is None:
                 return None
             body = rest
-        elif len(body) > self._max_body_bytes:
-            raise self._too_large()
+        else:
+            self._check_room(len(body))
         timeout = headers.get(b"x-hotset-timeout")
         try:
             return self._control.submit(
@@ -111,22 +123,33 @@ class Gateway:
 
     async def _read(self, begun: bytes, receive: Receive) -> bytes | None:
         parts, size = [begun], len(begun)
-        while True:
-            if size > self._max_body_bytes:
-                raise self._too_large()
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            part = message.get("body", b"")
-            parts.append(part)
-            size += len(part)
-            if not message.get("more_body", False) and size <= self._max_body_bytes:
-                return b"".join(parts)
+        self._reading_bytes += size
+        try:
+            while True:
+                self._check_room(size, counted=True)
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                part = message.get("body", b"")
+                parts.append(part)
+                size += len(part)
+                self._reading_bytes += len(part)
+                if not message.get("more_body", False):
+                    self._check_room(size, counted=True)
+                    return b"".join(parts)
+        finally:
+            self._reading_bytes -= size
 
-    def _too_large(self) -> BodyError:
-        return BodyError(
-            413, f"the body is larger than {self._max_body_bytes} bytes: send less, or raise max_body_bytes"
-        )
+    def _check_room(self, size: int, *, counted: bool = False) -> None:
+        """Refuse a body that is too large, or one too many to hold; ``counted``: it is among those being read."""
+        if size > self._max_body_bytes:
+            limit = self._max_body_bytes
+            raise BodyError(413, f"the body is larger than {limit} bytes: send less, or raise max_body_bytes", _CLOSE)
+        held = self._reading_bytes + self._control.open_body_bytes
+        if held + (0 if counted else size) > self._max_open_bytes:
+            raise BodyError(
+                429, "the server holds too many bytes of other calls: try again later", _CLOSE, (b"retry-after", b"1")
+            )
 
     async def _answer(self, result: Result, send: Send) -> None:
         headers = self._headers(result.record, result.content_type)
@@ -165,11 +188,10 @@ class Gateway:
         return headers
 
 
-async def _respond(send: Send, status: int, body: bytes, *, close: bool) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    if close:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+async def _respond(send: Send, error: BodyError) -> None:
+    body = error_body(str(error))
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *error.headers]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 

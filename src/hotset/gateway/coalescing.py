@@ -12,6 +12,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from hotset.gateway.statuses import error_body
+
 
 class CoalescingTransport:
     """A transport that joins the writes of one turn of the loop; all else is the transport's own."""
@@ -50,3 +52,10 @@ class CoalescingProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(CoalescingTransport(transport, self.loop))  # type: ignore[arg-type]
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP gets the errors' usual shape too."""
+        body = error_body(msg)
+        head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: "
+        self.transport.write(f"{head}{len(body)}\r\n\r\n".encode() + body)
+        self.transport.close()

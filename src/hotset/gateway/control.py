@@ -23,7 +23,7 @@ import msgspec
 from hotset.gateway.calls import CallIds, CallRecord, Chunks, PendingCall, Receive, Result
 from hotset.gateway.functions import Functions, Learned, Version, VersionSpec
 from hotset.gateway.logbook import Logbook, LogLine
-from hotset.gateway.statuses import CLIENT_CLOSED, STATUS, WAIT_BEFORE_RETRY_S, error_body
+from hotset.gateway.statuses import CLIENT_CLOSED, STATUS, STATUS_OF_FAILURE, WAIT_BEFORE_RETRY_S, error_body
 from hotset.node.cpu import CpuPool
 from hotset.node.interface import Answer, Call, Node
 from hotset.scheduling.actions import Load, Reject, Run, Unload
@@ -100,8 +100,12 @@ class Control:
         self.started_unix_s = 0.0
         self.calls: dict[int, PendingCall] = {}
         """Every call that has not ended; for others to read."""
+        self.open_body_bytes = 0
+        """The bodies of these."""
         self._last_request_id = 0
         self._cpu_calls = 0
+        self._failing: FailureKind | None = None
+        """Set while the scheduler decides what becomes of a failure's calls."""
         self._looking = False
         self._wakeup_s = float("inf")
         self._drained: asyncio.Future[None] | None = None
@@ -198,6 +202,7 @@ class Control:
         pending = PendingCall(request_id, version, call, self._loop.create_future(), now_s)
         pending.receive = receive
         version.calls += 1
+        self.open_body_bytes += len(body)
         self.calls[request_id] = pending
         if not self.accepting:
             self._reject(pending, RejectReason.SHUTTING_DOWN, SHUTTING_DOWN)
@@ -280,10 +285,13 @@ class Control:
         self, pending: PendingCall, reason: RejectReason, message: str, retry_after_s: float | None = None
     ) -> None:
         call_id = self.ids.public(pending.request_id)
+        status = STATUS[reason]
+        if reason is RejectReason.FAILED and self._failing is not None:
+            status = STATUS_OF_FAILURE.get(self._failing, status)
         self._end(
             pending,
             Result(
-                record=pending.record(STATUS[reason], self._now()),
+                record=pending.record(status, self._now()),
                 body=error_body(message, reason=reason.value, function=pending.version.function, call_id=call_id),
                 retry_after_s=WAIT_BEFORE_RETRY_S.get(reason) if retry_after_s is None else retry_after_s,
             ),
@@ -295,6 +303,7 @@ class Control:
         del self.calls[pending.request_id]
         version = pending.version
         version.calls -= 1
+        self.open_body_bytes -= len(pending.call.body)
         self._cpu_calls -= pending.on_cpu
         version.metrics.observe(result.record)
         self.records.append(result.record)
@@ -394,7 +403,7 @@ class Control:
         self, gpu_id: str, model: str, kind: FailureKind, reason: str, memory_bytes: int | None = None
     ) -> None:
         log.warning("%s did not load on %s (%s): %s", model, gpu_id, kind.value, reason)
-        self._handle(LoadFailed(gpu_id, model, kind, reason, memory_bytes))
+        self._handle_failure(kind, LoadFailed(gpu_id, model, kind, reason, memory_bytes))
 
     def answered(self, answer: Answer) -> None:
         pending = self.calls.get(answer.request_id)
@@ -429,7 +438,14 @@ class Control:
 
     def run_failed(self, gpu_id: str, model: str, kind: FailureKind, reason: str, answered: tuple[int, ...]) -> None:
         log.warning("%s failed on %s (%s): %s", model, gpu_id, kind.value, reason)
-        self._handle(RunFailed(gpu_id, model, kind, reason, answered + self._break_streams(gpu_id, reason)))
+        broken = self._break_streams(gpu_id, reason)
+        self._handle_failure(kind, RunFailed(gpu_id, model, kind, reason, answered + broken))
+
+    def _handle_failure(self, kind: FailureKind, event: Event) -> None:
+        """The calls that end because of it shall say in which way their process failed."""
+        self._failing = kind
+        self._handle(event)
+        self._failing = None
 
     def process_lost(self, gpu_id: str, model: str, reason: str) -> None:
         log.warning("the process of %s on %s is gone: %s", model, gpu_id, reason)

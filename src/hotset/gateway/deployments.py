@@ -81,17 +81,25 @@ class Deployments:
 
     async def restore(self) -> None:
         """Bring back what the datastore knows. Environments that must be installed anew follow in the background."""
+        functions = await asyncio.to_thread(self._remove_unused)
         for profile in await asyncio.to_thread(self._store.profiles):
             self._learned[profile.model].append(profile)
         for bundle in await asyncio.to_thread(self._store.bundles):
             self._uploaded[bundle.digest] = bundle
-        for record in await asyncio.to_thread(self._store.functions):
+        for record in functions:
             self.records[record.name] = record
             task = asyncio.create_task(self._restore(record))
             self._restoring.add(task)
             task.add_done_callback(self._restoring.discard)
         if self._restoring:
             await asyncio.wait(self._restoring, timeout=0.5)
+
+    def _remove_unused(self) -> list[FunctionRecord]:
+        """Drop what older versions left on the disk; returns the functions that remain."""
+        functions = self._store.functions()
+        self.bundles.remove_unused(self._store.forget_unused_bundles())
+        self._environments.remove_unused({Requirements(each.requirements).digest for each in functions})
+        return functions
 
     async def _restore(self, record: FunctionRecord) -> None:
         async with self._turns[record.name]:
@@ -191,12 +199,15 @@ class Deployments:
 
     async def remove(self, name: str) -> bool:
         """Take it out of service and forget it; False: there is none of that name."""
+        if name not in self.records:
+            return False
         async with self._turns[name]:
             if self.records.pop(name, None) is None:
                 return False
             await asyncio.to_thread(self._store.remove_function, name)
             self.unavailable.pop(name, None)
             self.control.remove(name)
+            self.control.logbook.forget(name)
             return True
 
     def _put_in_service(self, record: FunctionRecord, path: Path, python: str) -> None:

@@ -13,7 +13,7 @@ import msgspec
 import uvloop
 
 from hotset.errors import StoreError
-from hotset.gateway.app import DEFAULT_MAX_BODY_BYTES, Gateway
+from hotset.gateway.app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OPEN_BYTES, Gateway
 from hotset.gateway.control import Control, ControlConfig
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.listener import Listener, bind
@@ -56,6 +56,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     burst_s: float = 0.002
     """Waiting calls of one model share a run while it is expected to stay shorter than this."""
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    max_open_bytes: int = DEFAULT_MAX_OPEN_BYTES
+    """The bodies of all calls that are being read, wait or run; one more gets a 429."""
     drain_s: float = 30.0
     """What calls in flight get to end when the server is told to stop."""
     recorded_calls: int = 100_000
@@ -104,7 +106,10 @@ async def run(
             await control.start()
             await deployments.restore()
             gateway = Gateway(
-                control, SystemApi(control, deployments).application(), max_body_bytes=config.max_body_bytes
+                control,
+                SystemApi(control, deployments).application(),
+                max_body_bytes=config.max_body_bytes,
+                max_open_bytes=config.max_open_bytes,
             )
             listener = Listener(gateway, control, drain_s=config.drain_s)
             listener.when_started(lambda: ready(f"http://{config.host}:{listening.getsockname()[1]}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from hotset.vocabulary import RejectReason
+from hotset.vocabulary import FailureKind, RejectReason
 
 STATUS: dict[RejectReason, int] = {
     RejectReason.UNKNOWN_MODEL: 404,
@@ -18,6 +18,9 @@ STATUS: dict[RejectReason, int] = {
     RejectReason.FAILED: 502,
 }
 """TOO_LARGE is a model that fits no GPU (507, Insufficient Storage); a body over the limit is 413 and never a call."""
+
+STATUS_OF_FAILURE: dict[FailureKind, int] = {FailureKind.HANG: 504, FailureKind.OUT_OF_MEMORY: 507}
+"""In place of FAILED's, where the way a process failed has a status of its own."""
 
 CLIENT_CLOSED = 499
 """Nobody reads it: the client left first. The figure that nginx logs for it, so dashboards know it."""
