@@ -278,7 +278,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu-memory", default="128MiB", help="memory of each (default %(default)s)")
     parser.add_argument("--policies", default="lb,lalb,lalb_o3", help="policies to compare (default %(default)s)")
     parser.add_argument("--rate", type=float, help="calls a second (default: what the GPUs can do if half miss)")
-    parser.add_argument("--seconds", type=float, default=15.0, help="length of each load (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of each load (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the load's arrivals (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
     return parser.parse_args(arguments)
