@@ -13,6 +13,7 @@ from recording import STUB, Recorder, ask, launch, story
 
 from hotset.node import cpu
 from hotset.node.cpu import CpuPool
+from hotset.node.process import ProcessState
 from hotset.node.spawner import Spawner
 
 
@@ -126,6 +127,10 @@ async def test_clients_leave_and_versions_are_removed(recorder: Recorder) -> Non
         pool.forget("other@1")
         pool.forget("other@1")
         assert await statuses(recorder, 1) == [(5, 503)]
-        pool.run(spec, ask(6, "x"))
-        pool.forget("shout@1")
+        pool.run(launch("mute", env={"LIE": ""}), ask(6, "x"))
+        process = pool._functions["mute@1"].process
+        assert process is not None
+        while process.state is not ProcessState.RUNNING:
+            await asyncio.sleep(0)
+        pool.forget("mute@1")
         assert await statuses(recorder, 1) == [(6, 503)]
