@@ -18,8 +18,8 @@ A frame is a 16-byte little-endian header and its payload::
       FREE     a call's slot was read                  offset          -
 
 A CALL flagged LAST ends its run: the calls since the previous LAST are run together or one after the other. An ANSWER
-flagged LAST is the request's final one. With the flag SLOT the body is a reference into shared memory (slots.py): u32
-offset, u32 length.
+flagged LAST is the request's final one; flagged ENDS it was all of its run, and no RAN follows. With the flag SLOT the
+body is a reference into shared memory (slots.py): u32 offset, u32 length.
 
 Nothing from a process is trusted: sizes are checked against ``MAX_BODY_BYTES``, references against the arena, and every
 mistake is a ``FrameError``, which costs that process its life and nobody else anything.
@@ -72,6 +72,7 @@ class Kind(IntEnum):
 class Flag(IntFlag):
     LAST = 1
     SLOT = 2
+    ENDS = 4
 
 
 class FrameError(Exception):

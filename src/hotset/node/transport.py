@@ -40,6 +40,7 @@ _ANSWER = int(Kind.ANSWER)
 _RAN = int(Kind.RAN)
 _LAST = int(Flag.LAST)
 _SLOT = int(Flag.SLOT)
+_ENDS = int(Flag.ENDS)
 
 
 class FrameHandler(Protocol):
@@ -221,6 +222,8 @@ class ProcessTransport(asyncio.BufferedProtocol):
                     final=bool(flags & _LAST),
                 )
             )
+            if flags & _ENDS:
+                self._handler.on_ran(inference_s)
         elif kind == _RAN:
             if end - start != SECONDS.size:
                 raise FrameError("a duration of the wrong size")

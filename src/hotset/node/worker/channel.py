@@ -34,6 +34,7 @@ _ANSWER = int(Kind.ANSWER)
 _RAN = int(Kind.RAN)
 _LAST = int(Flag.LAST)
 _SLOT = int(Flag.SLOT)
+_ENDS = int(Flag.ENDS)
 _GATHERED_PARTS = 256
 """Replies are sent at the latest when this many pieces wait."""
 _JOINED_BYTES = 1024 * 1024
@@ -162,9 +163,10 @@ class Channel:
         inference_s: float,
         *,
         final: bool,
+        ends: bool = False,
     ) -> None:
-        """Gather one answer, or one chunk of it (not ``final``)."""
-        flags = _LAST if final else 0
+        """Gather one answer, or one chunk of it (not ``final``). ``ends``: it was the only call of its run."""
+        flags = (_LAST if final else 0) | (_ENDS if ends else 0)
         kind = answer_kind(content_type)
         if type(body) is not bytes:
             body = memoryview(body).cast("B")

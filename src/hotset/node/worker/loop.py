@@ -111,29 +111,32 @@ class Worker:
     # Run
 
     def _run(self, calls: list[Call]) -> None:
-        begin_s = perf_counter()
         assert self._runtime is not None
-        if self._runtime.signature.batched:
-            self._run_batch(calls)
+        if len(calls) == 1:
+            self._run_one(calls.pop(), ends=True)
         else:
-            # Popped, so that nothing here keeps a call's shared-memory slot once it is answered.
-            calls.reverse()
-            while calls:
-                self._run_one(calls.pop())
-        self._channel.ran(perf_counter() - begin_s)
+            begin_s = perf_counter()
+            if self._runtime.signature.batched:
+                self._run_batch(calls)
+            else:
+                # Popped, so that nothing here keeps a call's shared-memory slot once it is answered.
+                calls.reverse()
+                while calls:
+                    self._run_one(calls.pop())
+            self._channel.ran(perf_counter() - begin_s)
         if self._channel.cancelled and self._channel.idle:
             self._channel.cancelled.clear()
 
-    def _run_one(self, call: Call) -> None:
+    def _run_one(self, call: Call, *, ends: bool = False) -> None:
         assert self._runtime is not None
         # Answers leave before the next call begins: should it take the process down, it fails alone.
         self._channel.flush()
         begin_s = perf_counter()
         if call.request_id in self._channel.cancelled:
-            self._channel.answer(call.request_id, 200, call.content_type, b"", 0.0, final=True)
+            self._channel.answer(call.request_id, 200, call.content_type, b"", 0.0, final=True, ends=ends)
             return
         outcome = self._runtime.call(call.body, call.content_type, call.accept)
-        self._answer(call.request_id, outcome, begin_s)
+        self._answer(call.request_id, outcome, begin_s, ends)
 
     def _run_batch(self, calls: list[Call]) -> None:
         assert self._runtime is not None
@@ -145,18 +148,20 @@ class Worker:
         for request_id, outcome in zip(request_ids, outcomes, strict=True):
             self._answer(request_id, outcome, begin_s)
 
-    def _answer(self, request_id: int, outcome: Outcome, begin_s: float) -> None:
-        _raise_device_errors(outcome.error)
+    def _answer(self, request_id: int, outcome: Outcome, begin_s: float, ends: bool = False) -> None:
+        if outcome.error is not None:
+            _raise_device_error(outcome.error)
+        status, content_type, body = outcome.status, outcome.content_type, outcome.body
         if outcome.stream is not None:
             self._stream(request_id, outcome, outcome.stream, begin_s)
-        elif len(outcome.body) > MAX_BODY_BYTES:
-            spent_s = perf_counter() - begin_s
-            self._channel.answer(request_id, 500, "application/json", _TOO_LARGE, spent_s, final=True)
-        else:
-            spent_s = perf_counter() - begin_s
-            self._channel.answer(request_id, outcome.status, outcome.content_type, outcome.body, spent_s, final=True)
+            body = b""
+        elif len(body) > MAX_BODY_BYTES:
+            status, content_type, body = 500, "application/json", _TOO_LARGE
+        spent_s = perf_counter() - begin_s
+        self._channel.answer(request_id, status, content_type, body, spent_s, final=True, ends=ends)
 
     def _stream(self, request_id: int, outcome: Outcome, stream: Stream, begin_s: float) -> None:
+        """Send the chunks; the final, empty answer is the caller's."""
         channel = self._channel
         flushed_s = item_s = begin_s
         try:
@@ -172,13 +177,13 @@ class Worker:
                     break
         finally:
             stream.close()
-        _raise_device_errors(stream.error)
-        channel.answer(request_id, outcome.status, outcome.content_type, b"", perf_counter() - begin_s, final=True)
+        if stream.error is not None:
+            _raise_device_error(stream.error)
 
 
-def _raise_device_errors(error: Exception | None) -> None:
-    kind = None if error is None else classify(error)
-    if error is not None and kind is not None:
+def _raise_device_error(error: Exception) -> None:
+    kind = classify(error)
+    if kind is not None:
         raise DeviceError(Failed(kind=kind, reason=describe(error)))
 
 
