@@ -23,7 +23,13 @@ Headers = list[tuple[bytes, bytes]]
 PREFIX = "/function/"
 NAMESPACE = "openfaas-fn"
 """The one namespace: OpenFaaS clients call ``NAME.openfaas-fn``, which is ``NAME``."""
+_NAME_AT = len(PREFIX)
+_SHORT_LENGTH = 3
+"""A Content-Length of so many digits needs no look before the body is there."""
 _CLOSE = (b"connection", b"close")
+_NO_TIME = b"0.000000"
+_HIT = (b"x-hotset-cache", b"hit")
+_MISS = (b"x-hotset-cache", b"miss")
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 DEFAULT_MAX_BODY_BYTES = 64 << 20
 DEFAULT_MAX_OPEN_BYTES = 2 << 30
@@ -84,10 +90,14 @@ class Gateway:
         """Read the request and hand it in; None: the client left before it was read."""
         if scope["method"] not in METHODS:
             raise BodyError(405, f"a function cannot be called with {scope['method']}: use POST")
-        name = scope["path"][len(PREFIX) :].partition("/")[0]
-        function = self._function(name)
+        control = self._control
+        function = scope["path"][_NAME_AT:]
+        if function not in control.functions.current:
+            function = self._function(function.partition("/")[0])
         headers = dict(scope["headers"])
-        self._check_room(_declared_length(headers.get(b"content-length", b"0")))
+        length = headers.get(b"content-length")
+        if length is not None and (len(length) > _SHORT_LENGTH or not length.isdigit()):
+            self._check_room(_declared_length(length))
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
@@ -101,7 +111,7 @@ class Gateway:
             self._check_room(len(body))
         timeout = headers.get(b"x-hotset-timeout")
         try:
-            return self._control.submit(
+            return control.submit(
                 function,
                 body,
                 headers.get(b"content-type", b"").decode("latin-1"),
@@ -176,15 +186,15 @@ class Gateway:
         """What happened to the call. An answer's first chunk knows no inference time yet."""
         headers: Headers = [
             (b"content-type", content_type.encode("latin-1", "replace")),
-            (b"x-call-id", self._control.ids.public(record.request_id).encode()),
+            (b"x-call-id", self._control.ids.public_bytes(record.request_id)),
             (b"x-hotset-queue-seconds", b"%.6f" % record.queue_s),
-            (b"x-hotset-load-seconds", b"%.6f" % record.load_s),
+            (b"x-hotset-load-seconds", b"%.6f" % record.load_s if record.load_s else _NO_TIME),
             (b"x-hotset-inference-seconds", b"%.6f" % record.inference_s),
             (b"x-duration-seconds", b"%.6f" % record.duration_s),
         ]
         if record.gpu_id:
             headers.append((b"x-hotset-gpu", record.gpu_id.encode()))
-            headers.append((b"x-hotset-cache", b"hit" if record.hit else b"miss"))
+            headers.append(_HIT if record.hit else _MISS)
         return headers
 
 

@@ -100,47 +100,36 @@ class StreamBroken(Exception):
 class PendingCall:
     """A call that has not ended: what the control loop remembers of it. ``future`` gets the ``Result``."""
 
-    __slots__ = (
-        "arrival_s",
-        "call",
-        "chunks",
-        "expires_s",
-        "future",
-        "gpu_id",
-        "hit",
-        "load_began_s",
-        "load_s",
-        "on_cpu",
-        "receive",
-        "request_id",
-        "run_s",
-        "version",
-        "watcher",
-    )
+    # Defaults stand here and not in __init__: most calls never change them.
+    expires_s: float | None = None
+    """When it ends with 504 even while it runs; None: the function's own timeout bounds the run."""
+    run_s: float | None = None
+    """When its run began; None: it waits."""
+    load_began_s: float | None = None
+    """When the load it waits for, and caused, was decided."""
+    load_s = 0.0
+    gpu_id = ""
+    hit = False
+    on_cpu = False
+    """It was handed to the CPU pool: no GPU, no scheduler."""
+    chunks: Chunks | None = None
+    watcher: asyncio.Task[None] | None = None
 
     def __init__(
-        self, request_id: int, version: Version, call: Call, future: asyncio.Future[Result], arrival_s: float
+        self,
+        version: Version,
+        call: Call,
+        future: asyncio.Future[Result],
+        arrival_s: float,
+        receive: Receive | None,
     ) -> None:
-        self.request_id = request_id
+        self.request_id = call.request_id
         self.version = version
         self.call = call
         self.future = future
         self.arrival_s = arrival_s
-        self.expires_s: float | None = None
-        """When it ends with 504 even while it runs; None: the function's own timeout bounds the run."""
-        self.run_s: float | None = None
-        """When its run began; None: it waits."""
-        self.load_began_s: float | None = None
-        """When the load it waits for, and caused, was decided."""
-        self.load_s = 0.0
-        self.gpu_id = ""
-        self.hit = False
-        self.on_cpu = False
-        """It was handed to the CPU pool: no GPU, no scheduler."""
-        self.chunks: Chunks | None = None
-        self.receive: Receive | None = None
+        self.receive = receive
         """Where the client's leaving can be seen (ASGI); looked at only when the call takes long."""
-        self.watcher: asyncio.Task[None] | None = None
 
     def load_begins(self, gpu_id: str, now_s: float) -> None:
         self.gpu_id = gpu_id
@@ -181,9 +170,14 @@ class CallIds:
 
     def __init__(self) -> None:
         self._prefix = str(uuid.uuid4())[:24]
+        self._prefix_bytes = self._prefix.encode()
 
     def public(self, request_id: int) -> str:
         return f"{self._prefix}{request_id:012x}"
+
+    def public_bytes(self, request_id: int) -> bytes:
+        """The same, as it stands in a header."""
+        return b"%b%012x" % (self._prefix_bytes, request_id)
 
     def request_id(self, public: str) -> int | None:
         """The request behind a public id; None: not one of this server's."""

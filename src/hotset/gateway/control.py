@@ -199,8 +199,7 @@ class Control:
         now_s = self._now()
         request_id = self._last_request_id = self._last_request_id + 1
         call = Call(request_id=request_id, body=body, content_type=content_type, accept=accept)
-        pending = PendingCall(request_id, version, call, self._loop.create_future(), now_s)
-        pending.receive = receive
+        pending = PendingCall(version, call, self._loop.create_future(), now_s, receive)
         version.calls += 1
         self.open_body_bytes += len(body)
         self.calls[request_id] = pending
