@@ -142,16 +142,19 @@ def server(policy: str, options: argparse.Namespace, folder: Path) -> Iterator[s
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, env=_environment(url))
-    with ended(process):
-        _await_health(process, url, log)
-        yield url
+    try:
+        with ended(process):
+            _await_health(process, url)
+            yield url
+    except DemoError as error:
+        raise DemoError(f"{error}\nThe server's log ends with:\n{log.read_text()[-1500:]}") from None
 
 
 def _environment(url: str) -> dict[str, str]:
     return os.environ | {"HOTSET_GATEWAY": url, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _await_health(process: subprocess.Popen[str], url: str, log: Path) -> None:
+def _await_health(process: subprocess.Popen[str], url: str) -> None:
     give_up = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < give_up and process.poll() is None:
         try:
@@ -161,7 +164,7 @@ def _await_health(process: subprocess.Popen[str], url: str, log: Path) -> None:
             pass
         time.sleep(0.1)
     what = "did not get ready" if process.poll() is None else f"ended with status {process.returncode}"
-    raise DemoError(f"the server {what}; its log ends with:\n{log.read_text()[-1500:]}")
+    raise DemoError(f"the server {what}.")
 
 
 def deploy(showcases: Sequence[Any], url: str) -> None:
@@ -308,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rate = options.rate or fitting_rate(loads_s, inferences_s, options.virtual_gpus)
             reports = load(showcases, rate, options, folder)
     except DemoError as error:
-        progress_console.print(f"[red]demo stopped:[/] {error}", highlight=False)
+        progress_console.print(f"[red]demo stopped:[/] {escape(str(error))}", highlight=False)
         return 1
     except KeyboardInterrupt:
         return 130
