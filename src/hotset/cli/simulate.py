@@ -169,6 +169,8 @@ def simulate(**options: Any) -> None:
     if chosen.json_path not in (None, STDOUT) and not Path(chosen.json_path).parent.is_dir():
         raise ConfigurationError(f"--json: the folder of {chosen.json_path} does not exist; make it first")
     spec = experiment(chosen)
+    if chosen.report_path is not None:
+        chosen.report_path.mkdir(parents=True, exist_ok=True)
     with progress("simulating") as heard:
         results = run_experiment(spec, heard, chosen.jobs)
     if chosen.json_path is not None:

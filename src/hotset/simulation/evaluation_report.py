@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hotset.simulation.evaluation import (
-    LOAD_SCALES,
     O3_LIMIT,
-    O3_LIMITS,
-    ZIPF_EXPONENTS,
     Evaluation,
     Outcome,
     Verdict,
@@ -129,9 +126,10 @@ def _caption(field: str, evaluation: Evaluation) -> list[str]:
     unknown = "The paper reports this figure; its numbers are not at hand."
     captions = {
         "mean_latency_s": (
-            f"LB spends most of its GPU time on loads and falls behind: with {size} functions a request waits "
-            f"{lb.mean_queueing_s:.0f} s. LALB and LALB+O3 take {lalb.mean_latency_s:.1f} s and "
-            f"{o3.mean_latency_s:.1f} s; without any loads it would be {o3.ideal_mean_latency_s:.2f} s.",
+            f"With {size} functions LB spends {lb.gpu_busy - lb.gpu_utilisation:.0%} of its GPU time on loads and "
+            f"falls behind: a request waits for {lb.mean_queueing_s:.0f} s. LALB and LALB+O3 take "
+            f"{lalb.mean_latency_s:.1f} s and {o3.mean_latency_s:.1f} s; without any loads it would be "
+            f"{o3.ideal_mean_latency_s:.2f} s.",
             "The paper's reductions are in the table of verdicts; its seconds are not at hand.",
         ),
         "miss_ratio": (
@@ -148,8 +146,8 @@ def _caption(field: str, evaluation: Evaluation) -> list[str]:
         ),
         "gpu_utilisation": (
             f"The share of GPU time spent on inference, here {lb.gpu_utilisation:.0%} for LB and "
-            f"{o3.gpu_utilisation:.0%} for LALB+O3 with {size} functions. LB's GPUs are no less busy "
-            f"({lb.gpu_busy:.0%}), but mostly with loads.",
+            f"{o3.gpu_utilisation:.0%} for LALB+O3 with {size} functions. The rest is loads, for "
+            f"which LB's GPUs are {lb.gpu_busy:.0%} busy and LALB+O3's {o3.gpu_busy:.0%}, and waiting for work.",
             "The paper reports SM utilisation as the device counts it, another scale; its numbers are not at hand.",
         ),
         "top_model_copies": (
@@ -158,7 +156,7 @@ def _caption(field: str, evaluation: Evaluation) -> list[str]:
             unknown,
         ),
         "latency_variance": (
-            "A queue that only grows makes latency not just long but unpredictable: with "
+            "A queue that grows makes latency not just long but unpredictable: with "
             f"{size} functions LB's varies by {lb.latency_variance:.0f} s², LALB+O3's by {o3.latency_variance:.1f} s².",
             unknown,
         ),
@@ -197,10 +195,10 @@ def _limits(evaluation: Evaluation, field: str, title: str, unit: str, *, percen
     return Plot(
         name=f"o3_limit_{field.removesuffix('_s')}",
         title=title,
-        png=lines(chart, O3_LIMITS),
+        png=lines(chart, [run.o3_limit or 0 for run in hardest]),
         text=(
             f"With {hardest[0].working_set} functions: {show(first)} when nobody may be overtaken, {show(at_limit)} at "
-            f"the evaluation's limit of {O3_LIMIT}, {show(last)} at {O3_LIMITS[-1]}.",
+            f"the evaluation's limit of {O3_LIMIT}, {show(last)} at {hardest[-1].o3_limit}.",
             "The paper varies the limit from 0 to 45 (recalled); its numbers are not at hand.",
         ),
         header=("working_set", "o3_limit", field, "ci95_low", "ci95_high"),
@@ -236,28 +234,26 @@ def _popularity(evaluation: Evaluation) -> Plot:
         name="popularity",
         title="Latency reduction against LB, by popularity",
         heading="What if other functions were popular?",
-        png=lines(chart, ZIPF_EXPONENTS),
+        png=lines(chart, [_exponent(run) for run in _of(evaluation.popularity, "lalb", sizes[-1])]),
         text=(
             "The paper replays a window of a trace that is not at hand. How much a policy gains depends on how even "
             "the popularity of functions is: most of all for LALB on the largest working set, where it loads so often "
             "that its GPUs have little time left.",
         ),
         header=("zipf", "working_set", "policy", "latency_reduction", "miss_reduction", "speedup"),
-        rows=[
-            (run.workload.removeprefix("Zipf "), run.working_set, run.policy, *_versus(run))
-            for run in evaluation.popularity
-        ],
+        rows=[(_exponent(run), run.working_set, run.policy, *_versus(run)) for run in evaluation.popularity],
     )
 
 
 def _loads(evaluation: Evaluation) -> Plot:
     size = evaluation.loads[0].working_set
+    lb = _of(evaluation.loads, "lb", size)
     chart = Chart(
         title=f"Average latency by the cost of a load, {size} functions",
         x_label="load time, times the profile's (logarithmic)",
         y_label="seconds, logarithmic",
         log=True,
-        bound=[evaluation.loads[0].ideal_mean_latency_s] * len(LOAD_SCALES),
+        bound=[run.ideal_mean_latency_s for run in lb],
         bound_label="no loads at all",
         series=[
             Series(
@@ -269,14 +265,14 @@ def _loads(evaluation: Evaluation) -> Plot:
             for policy in ("lb", "lalb", "lalb_o3")
         ],
     )
-    cheapest = _of(evaluation.loads, "lb", size)[0]
+    cheapest = lb[0]
     return Plot(
         name="load_cost",
         title="Average latency by the cost of a load",
         heading="What if loads were cheaper?",
-        png=lines(chart, LOAD_SCALES, log_x=True),
+        png=lines(chart, [run.load_scale for run in lb], log_x=True),
         text=(
-            f"Everything hangs on what a miss costs. At {LOAD_SCALES[0]:g} of the profile's load times even LB is "
+            f"Everything hangs on what a miss costs. At {cheapest.load_scale:g} of the profile's load times even LB is "
             f"within {cheapest.mean_latency_s / cheapest.ideal_mean_latency_s - 1:.0%} of the ideal: a system that "
             "starts processes ahead of time and copies weights fast needs no clever placement; one that does not lives "
             "by it.",
@@ -287,6 +283,10 @@ def _loads(evaluation: Evaluation) -> Plot:
             for run in evaluation.loads
         ],
     )
+
+
+def _exponent(run: RunResult) -> float:
+    return float(run.workload.removeprefix("Zipf "))
 
 
 def _of(runs: Sequence[RunResult], policy: str, size: int) -> list[RunResult]:
