@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -209,6 +210,36 @@ class Deployments:
             self.control.remove(name)
             self.control.logbook.forget(name)
             return True
+
+    def suspend(self, name: str, reason: str) -> bool:
+        """Evict it and refuse its calls for this ``reason``, until ``resume`` or a deploy; False: there is none."""
+        if name not in self.records:
+            return False
+        self.unavailable[name] = reason
+        self.control.remove(name)
+        return True
+
+    async def resume(self, name: str) -> bool:
+        """Put a function that was suspended, or could not be restored, in service again; False: there is none."""
+        record = self.records.get(name)
+        if record is None:
+            return False
+        if name not in self.control.functions.current:
+            self.unavailable.pop(name, None)
+            await self._restore(record)
+        return True
+
+    def serve(self, record: FunctionRecord, path: Path) -> None:
+        """Put in service what another part of the server keeps (a model repository), on the server's interpreter."""
+        self.records[record.name] = record
+        self.unavailable.pop(record.name, None)
+        self._put_in_service(record, path, sys.executable)
+
+    def withdraw(self, name: str) -> None:
+        """Undo ``serve``."""
+        self.records.pop(name, None)
+        self.unavailable.pop(name, None)
+        self.control.remove(name)
 
     def _put_in_service(self, record: FunctionRecord, path: Path, python: str) -> None:
         known = self._learned.get(record.model, [])

@@ -121,13 +121,15 @@ def _main(code_path: str, entry: str) -> bytes:
     from hotset.functions.contract import options_of
     from hotset.functions.inspection import signature_of
     from hotset.functions.loading import load_entry
+    from hotset.functions.v2_types import tensors_of
 
     try:
         target = load_entry(code_path, entry)
         options = options_of(target)
         assert options is not None
         full_entry = f"{entry.partition(':')[0]}:{target.__name__}"
-        schema = signature_of(target, options).schema()
+        signature = signature_of(target, options)
+        schema = signature.schema() | {"tensors": msgspec.to_builtins(tensors_of(signature))}
         return msgspec.json.encode(Description(entry=full_entry, options=options, schema=schema))
     except FunctionError as error:
         return msgspec.json.encode(_Failure(str(error)))

@@ -18,6 +18,7 @@ from hotset.gateway.control import Control, ControlConfig
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.listener import Listener, bind
 from hotset.gateway.system import SystemApi
+from hotset.gateway.v2.front import V2Config, v2_front
 from hotset.node.cpu import CpuPool
 from hotset.node.interface import Node
 from hotset.node.manager import LocalNode
@@ -66,6 +67,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Calls whose decisions are kept for ``/system/explain``."""
     pip_options: tuple[str, ...] = ()
     """Passed to the installer of functions' requirements."""
+    grpc_port: int | None = None
+    """Where the Open Inference Protocol is served over gRPC; None: only over HTTP; 0: any free port."""
+    model_repository: Path | None = None
+    """A directory of models to serve as they stand there."""
 
 
 def serve(config: ServerConfig, *, ready: Callable[[str], None] = log.info) -> None:
@@ -105,21 +110,28 @@ async def run(
         try:
             await control.start()
             await deployments.restore()
-            gateway = Gateway(
-                control,
-                SystemApi(control, deployments).application(),
+            v2_config = V2Config(
+                host=config.host,
+                grpc_port=config.grpc_port,
                 max_body_bytes=config.max_body_bytes,
                 max_open_bytes=config.max_open_bytes,
+                model_repository=config.model_repository,
+                data=config.data,
             )
-            listener = Listener(gateway, control, drain_s=config.drain_s)
-            listener.when_started(lambda: ready(f"http://{config.host}:{listening.getsockname()[1]}"))
-            gc.collect()
-            gc.freeze()  # what is here now stays: no collection need look at it again
-            saving = asyncio.create_task(_save_profiles(deployments))
-            try:
-                await listener.serve([listening])
-            finally:
-                saving.cancel()
+            system = SystemApi(control, deployments).application()
+            async with v2_front(control, deployments, system, v2_config) as rest:
+                gateway = Gateway(
+                    control, rest, max_body_bytes=config.max_body_bytes, max_open_bytes=config.max_open_bytes
+                )
+                listener = Listener(gateway, control, drain_s=config.drain_s)
+                listener.when_started(lambda: ready(f"http://{config.host}:{listening.getsockname()[1]}"))
+                gc.collect()
+                gc.freeze()  # what is here now stays: no collection need look at it again
+                saving = asyncio.create_task(_save_profiles(deployments))
+                try:
+                    await listener.serve([listening])
+                finally:
+                    saving.cancel()
         finally:
             await control.stop()
             await deployments.close()

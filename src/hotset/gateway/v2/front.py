@@ -1,0 +1,61 @@
+"""The v2 front doors of one server: opened with it, closed with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+
+from hotset.errors import ConfigurationError
+from hotset.gateway.app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OPEN_BYTES, Application
+from hotset.gateway.control import Control
+from hotset.gateway.deployments import Deployments
+from hotset.gateway.v2.http import V2Http
+from hotset.gateway.v2.service import V2Service
+
+log = logging.getLogger("hotset.gateway")
+
+
+class V2Config(msgspec.Struct, frozen=True, kw_only=True):
+    """How the protocol is served."""
+
+    host: str = "127.0.0.1"
+    grpc_port: int | None = None
+    """None: no gRPC; 0: any free port."""
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    max_open_bytes: int = DEFAULT_MAX_OPEN_BYTES
+    model_repository: Path | None = None
+    """A directory of models to serve."""
+    data: Path | None = None
+    """Where the repository keeps what it makes; needed with ``model_repository``."""
+
+
+@asynccontextmanager
+async def v2_front(
+    control: Control, deployments: Deployments, rest: Application, config: V2Config
+) -> AsyncIterator[Application]:
+    """An application that serves ``/v2`` and leaves the rest to ``rest``; while it is open, gRPC is served too.
+
+    Raises ``ConfigurationError`` when the gRPC port is taken, its packages are not installed, or the model repository
+    is no directory.
+    """
+    service = V2Service(control, deployments)
+    grpc_server = None
+    if config.grpc_port is not None:
+        try:
+            from hotset.gateway.v2.grpc_service import GrpcServer
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(f"gRPC needs {error.name}: pip install 'hotset[grpc]'") from None
+        grpc_server = GrpcServer(service, config.host, config.grpc_port, max_body_bytes=config.max_body_bytes)
+    try:
+        if grpc_server is not None:
+            await grpc_server.start()
+            log.info("gRPC at %s:%s", config.host, grpc_server.port)
+        yield V2Http(service, rest, max_body_bytes=config.max_body_bytes, max_open_bytes=config.max_open_bytes)
+    finally:
+        if grpc_server is not None:
+            await grpc_server.stop()
+        service.close()
