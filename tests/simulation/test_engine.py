@@ -1,0 +1,160 @@
+"""The simulator around the core: virtual time, figures checked by hand, faults."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from hotset.errors import ConfigurationError, InvariantError
+from hotset.scheduling.eviction import make_eviction
+from hotset.scheduling.policies import make_policy
+from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.simulation.engine import Engine, Fault
+from hotset.simulation.hardware import PAPER_GPU_MEMORY_BYTES, Hardware, ModelCost, make_gpus, paper_costs
+from hotset.simulation.metrics import RunMetrics
+from hotset.simulation.workloads import Arrival, Popularity, Process, Synthetic
+
+COST = ModelCost(memory_bytes=1, load_s=4.0, inference_s=1.0)
+
+
+def engine(
+    *faults: Fault, policy: str = "lalb", gpus: int = 1, memory: int = 1, config: SchedulerConfig | None = None
+) -> Engine:
+    """Models ``a`` to ``d`` take 1 byte, 4 s to load and 1 s to run."""
+    hardware = Hardware(gpus=make_gpus(gpus, memory), costs=dict.fromkeys("abcd", COST))
+    return Engine(Scheduler(make_policy(policy), make_eviction("lru"), config), hardware, faults)
+
+
+def play(simulator: Engine, *arrivals: tuple[float, str]) -> RunMetrics:
+    return simulator.run(Arrival(time_s, function) for time_s, function in arrivals)
+
+
+def test_one_request_takes_a_load_and_a_run():
+    metrics = play(engine(), (2.0, "a"))
+    assert (metrics.requests, metrics.completed) == (1, 1)
+    assert metrics.mean_latency_s == 5.0
+    assert (metrics.mean_queueing_s, metrics.mean_load_s, metrics.mean_inference_s) == (0.0, 4.0, 1.0)
+    assert (metrics.miss_ratio, metrics.evictions) == (1.0, 0)
+    assert metrics.makespan_s == 7.0
+
+
+def test_every_figure_of_a_small_run_is_what_one_works_out_by_hand():
+    # g0: a loads 0-4, runs 4-5; b waits, evicts a, loads 5-9, runs 9-10; a again loads 10-14, runs 14-15.
+    metrics = play(engine(), (0.0, "a"), (1.0, "b"), (3.0, "a"))
+    latencies = (5.0, 9.0, 12.0)
+    mean_s = sum(latencies) / 3
+    assert metrics.mean_latency_s == pytest.approx(mean_s)
+    assert metrics.latency_variance == pytest.approx(sum((value - mean_s) ** 2 for value in latencies) / 3)
+    assert metrics.p50_latency_s == pytest.approx(9.0, rel=0.001)
+    assert metrics.p99_latency_s == pytest.approx(12.0, rel=0.001)
+    assert metrics.mean_queueing_s == pytest.approx(mean_s - 5.0)
+    assert metrics.throughput_per_s == pytest.approx(3 / 15)
+    assert metrics.miss_ratio == 1.0
+    assert metrics.evictions == 2
+    assert metrics.gpu_utilisation == pytest.approx(3 / 15)
+    assert metrics.gpu_busy == 1.0
+    assert metrics.fairness == pytest.approx(9.0 / mean_s)
+    assert metrics.top_model_copies == pytest.approx((5.0 + 5.0) / 15), "a is there from 0 to 5 and from 10 to 15"
+
+
+def test_a_false_miss_is_a_load_of_what_another_gpu_holds():
+    metrics = play(engine(policy="lb", gpus=2), (0.0, "a"), (0.0, "a"))
+    assert (metrics.miss_ratio, metrics.false_miss_ratio) == (1.0, 0.5)
+    assert metrics.top_model_copies == pytest.approx(2.0)
+
+
+def test_what_ends_at_the_moment_of_an_arrival_has_ended_before_it():
+    metrics = play(engine(), (0.0, "a"), (5.0, "a"))
+    assert metrics.mean_queueing_s == 0.0
+    assert metrics.miss_ratio == 0.5
+
+
+def test_a_recorded_duration_counts_for_more_than_the_profile():
+    recorded = [Arrival(0.0, "a", inference_s=2.5), Arrival(0.0, "a")]
+    metrics = engine().run(recorded)
+    assert metrics.mean_inference_s == pytest.approx((2.5 + 1.0) / 2)
+    assert metrics.makespan_s == 7.5
+
+
+def test_requests_that_join_a_run_cost_their_share():
+    cost = msgspec.structs.replace(COST, batch_marginal=0.25)
+    hardware = Hardware(gpus=make_gpus(1, 1), costs={"a": cost})
+    config = SchedulerConfig(burst_s=10.0)
+
+    def makespan_s(*arrivals: Arrival) -> float:
+        scheduler = Scheduler(make_policy("lb"), make_eviction("lru"), config)
+        return Engine(scheduler, hardware).run(arrivals).makespan_s
+
+    assert makespan_s(*[Arrival(0.0, "a")] * 3) == 4.0 + 1.5
+    recorded = [Arrival(0.0, "a", inference_s=2.0), Arrival(0.0, "a", inference_s=4.0), Arrival(0.0, "a")]
+    assert makespan_s(*recorded) == 4.0 + 2.0 + (4.0 + 1.0) * 0.25
+
+
+def test_a_refused_request_has_no_latency():
+    simulator = engine(config=SchedulerConfig(max_queue=1))
+    metrics = play(simulator, (0.0, "a"), (0.0, "a"), (0.0, "a"))
+    assert (metrics.requests, metrics.completed) == (3, 2)
+    assert simulator.recorder.rejected == 1
+
+
+def test_no_arrivals_no_figures():
+    metrics = play(engine())
+    assert (metrics.requests, metrics.mean_latency_s, metrics.fairness) == (0, 0.0, 1.0)
+
+
+def test_progress_is_heard_of_now_and_then():
+    heard: list[float] = []
+    engine().run((Arrival(float(second), "a") for second in range(9_000)), heard.append)
+    assert heard == [4095.0, 8191.0]
+
+
+def test_a_workload_that_goes_back_in_time_is_refused():
+    with pytest.raises(InvariantError, match=r"goes back in time at 1.0 s"):
+        play(engine(), (2.0, "a"), (1.0, "a"))
+
+
+class TestFaults:
+    def test_what_a_lost_gpu_worked_on_is_done_elsewhere(self):
+        metrics = play(engine(Fault(2.0, "sim/gpu:0"), gpus=2), (0.0, "a"))
+        assert metrics.completed == 1
+        assert metrics.mean_latency_s == 2.0 + 4.0 + 1.0
+        assert metrics.miss_ratio == 2.0, "two loads for one request"
+
+    def test_a_gpu_comes_back_empty(self):
+        metrics = play(engine(Fault(6.0, "sim/gpu:0", back_s=8.0)), (0.0, "a"), (7.0, "a"))
+        assert metrics.mean_latency_s == pytest.approx((5.0 + 6.0) / 2)
+        assert metrics.top_model_copies == pytest.approx((6.0 + 5.0) / 13)
+
+    def test_it_can_be_lost_in_the_middle_of_a_run(self):
+        metrics = play(engine(Fault(4.5, "sim/gpu:0", back_s=20.0)), (0.0, "a"))
+        assert metrics.makespan_s == 25.0
+
+    def test_requests_that_nobody_can_serve_any_more_are_an_error(self):
+        with pytest.raises(ConfigurationError, match="every GPU failed and 1 requests wait for ever"):
+            play(engine(Fault(2.0, "sim/gpu:0")), (0.0, "a"))
+
+    @pytest.mark.parametrize("policy", ["lb", "lalb", "lalb_o3"])
+    def test_no_request_is_lost_however_many_gpus_are(self, policy: str):
+        faults = [
+            Fault(10.0 * number + 3.3, f"sim/gpu:{number % 4}", back_s=10.0 * number + 11.0) for number in range(30)
+        ]
+        workload = Synthetic(popularity=Popularity.zipf(4), rate_per_minute=90.0, minutes=5, process=Process.POISSON)
+        costs = dict.fromkeys(workload.functions, COST)
+        scheduler = Scheduler(make_policy(policy), make_eviction("lru"), SchedulerConfig(max_attempts=10))
+        simulator = Engine(scheduler, Hardware(gpus=make_gpus(4, 2), costs=costs), faults)
+        metrics = simulator.run(workload.arrivals(1))
+        assert metrics.completed == metrics.requests > 400
+
+
+class TestDeterminism:
+    def run(self, seed: int) -> bytes:
+        workload = Synthetic(popularity=Popularity.zipf(20), rate_per_minute=200.0, minutes=2)
+        hardware = Hardware(gpus=make_gpus(6, PAPER_GPU_MEMORY_BYTES), costs=paper_costs(workload.functions, seed))
+        simulator = Engine(Scheduler(make_policy("lalb_o3"), make_eviction("lru")), hardware)
+        return msgspec.json.encode(simulator.run(workload.arrivals(seed)))
+
+    def test_one_seed_one_result_to_the_byte(self):
+        assert self.run(7) == self.run(7)
+
+    def test_another_seed_another_result(self):
+        assert self.run(7) != self.run(8)
