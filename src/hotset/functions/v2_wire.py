@@ -16,7 +16,7 @@ import orjson
 from hotset.errors import InputError
 from hotset.functions.codecs import Body
 from hotset.functions.problems import UNREADABLE
-from hotset.functions.tensors import Array, describe_shape
+from hotset.functions.tensors import describe_shape
 from hotset.functions.v2_tensors import (
     BYTES,
     WireTensor,
