@@ -70,7 +70,8 @@ class ProcessTransport(asyncio.BufferedProtocol):
         self._slots = Slots(arena_fd, second_half=False, on_read=self._answer_read)
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._early: list[bytes | memoryview] = []
+        self._held: list[bytes | memoryview] = []
+        self._holding = True
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._filled = 0
@@ -114,12 +115,19 @@ class ProcessTransport(asyncio.BufferedProtocol):
     def _write(self, parts: list[bytes | memoryview]) -> None:
         if self._closed:
             return
-        if self._transport is None:
-            self._early += parts
+        if self._holding or self._transport is None:
+            self._held += parts
         elif sum(map(len, parts)) <= INLINE_BYTES:
             self._transport.write(b"".join(parts))
         else:
             self._transport.writelines(parts)
+
+    def _release(self) -> None:
+        """Send what was held back, in one go."""
+        self._holding = False
+        if self._held:
+            parts, self._held = self._held, []
+            self._write(parts)
 
     def _answer_read(self, offset: int) -> None:
         """The last view of an answer's slot is gone; any thread may have dropped it."""
@@ -130,8 +138,7 @@ class ProcessTransport(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        early, self._early = self._early, []
-        self._write(early)
+        self._release()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
@@ -147,6 +154,8 @@ class ProcessTransport(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if self._broken is not None:
             return
+        # What the answers in this read cause to be sent leaves together.
+        self._holding = True
         try:
             if self._large is not None:
                 self._receive_large(nbytes)
@@ -157,6 +166,8 @@ class ProcessTransport(asyncio.BufferedProtocol):
             self._break(str(error))
         except msgspec.MsgspecError as error:
             self._break(f"a control frame that cannot be read ({error})")
+        finally:
+            self._release()
 
     def _break(self, rule: str) -> None:
         """Hear no more of a process that breaks the protocol."""
