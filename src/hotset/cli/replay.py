@@ -31,7 +31,7 @@ FIGURES = ("mean_latency_s", "p50_latency_s", "p95_latency_s", "p99_latency_s", 
 
 
 class Recording(msgspec.Struct, frozen=True):
-    """A live trace: the server it was recorded on, and its calls of GPU functions that were answered."""
+    """A live trace: the server it was recorded on, and the answered calls of the GPU functions in service there."""
 
     header: TraceHeader
     rows: Sequence[TraceRow]
@@ -123,10 +123,11 @@ def read_recording(lines: Iterable[bytes], source: str) -> Recording:
             row = decoder.decode(line)
         except msgspec.MsgspecError as error:
             raise TraceError(source, number, f"expected a recorded call: {error}") from None
-        if row.gpu_id and row.inference_s is not None:
+        # A function that was removed meanwhile has taken its size and load time along.
+        if row.gpu_id and row.inference_s is not None and row.function in header.models:
             rows.append(row)
     if not rows:
-        raise ConfigurationError(f"{source} has no answered call of a GPU function: call some first")
+        raise ConfigurationError(f"{source} has no answered call of a GPU function in service: call some first")
     return Recording(header, rows)
 
 
@@ -155,9 +156,7 @@ def hardware_of(
             loads[row.function].append(row.load_s)
     costs = {}
     for name in recording.functions():
-        learned = recording.header.models.get(name)
-        if learned is None:
-            raise ConfigurationError(f"the trace's header says nothing of {name}: record it while {name} is deployed")
+        learned = recording.header.models[name]
         load_s = sum(loads[name]) / len(loads[name]) if loads[name] else learned.load_s
         costs[name] = ModelCost(
             memory_bytes=learned.memory_bytes, load_s=load_s * load_scale, inference_s=learned.inference_s
