@@ -66,7 +66,7 @@ async def test_a_process_without_calls_ends_and_the_next_call_starts_another(rec
 
 
 @story
-async def test_the_call_whose_process_died_fails_and_those_behind_it_run(recorder: Recorder) -> None:
+async def test_the_call_that_kills_its_process_fails_and_those_around_it_run(recorder: Recorder) -> None:
     async with running_pool(recorder) as pool:
         for number, word in enumerate(("a", "die", "b", "hang", "c")):
             pool.run(launch("shout", timeout_s=0.5), ask(number, word))
@@ -92,7 +92,7 @@ async def test_a_function_that_keeps_failing_is_left_alone_for_a_while(
         spec = launch("shout", env={"LIE": "ff" * 16})
         for number in range(5):
             pool.run(spec, ask(number, "x"))
-        assert await statuses(recorder, 5) == [(0, 500), (1, 500), (2, 500), (3, 503), (4, 503)]
+        assert await statuses(recorder, 5) == [(0, 500), (1, 500), (2, 503), (3, 503), (4, 503)]
         pool.run(spec, ask(5, "x"))
         assert recorder.answers == []  # never from inside a call
         await recorder.until(lambda: recorder.answers)

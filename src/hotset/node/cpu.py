@@ -38,7 +38,9 @@ class _Function:
         self.spec = spec
         self.process: ModelProcess | None = None
         self.sent: deque[Call] = deque()
-        """In the process, oldest first; only the oldest has begun."""
+        """In the process, oldest first."""
+        self.suspects = 0
+        """So many of the next calls go one at a time: a process has died under them."""
         self.waiting: deque[Call] = deque()
         self.failures = 0
         self.retry_at_s = 0.0
@@ -50,7 +52,8 @@ class CpuPool:
     """Runs plain functions. Every call ends with a final ``Answer`` to the listener, also when its process fails
     (status 500, 503, 504 or 507, a JSON error); the listener is never called from inside ``run``.
 
-    A call whose process dies under it has failed; those sent behind it had not begun and run in the next process.
+    A process has several calls at a time, and when it dies the one to blame is not known: they all run again, one at a
+    time, and the one that is alone when it happens again has failed.
     """
 
     def __init__(self, *, source: ProcessSource | None = None, idle_s: float = IDLE_S) -> None:
@@ -88,7 +91,7 @@ class CpuPool:
                 self._loop.call_soon(self._refuse, call.request_id, _NOT_NOW, message)
                 return
             self._start(function)
-        elif process.state in _WORKING and process.in_flight < MAX_IN_FLIGHT:
+        elif process.state in _WORKING and not function.waiting and process.in_flight < self._most(function):
             self._send(function, process, call)
             return
         function.waiting.append(call)
@@ -143,6 +146,7 @@ class CpuPool:
         function = self._alive[process]
         function.failures = 0
         function.sent.popleft()
+        function.suspects = max(0, function.suspects - 1)
         if function.waiting:
             self._feed(function, process)
         elif not process.in_flight:
@@ -189,8 +193,11 @@ class CpuPool:
         function.sent.append(call)
         process.run([call])
 
+    def _most(self, function: _Function) -> int:
+        return 1 if function.suspects else MAX_IN_FLIGHT
+
     def _feed(self, function: _Function, process: ModelProcess) -> None:
-        while function.waiting and process.in_flight < MAX_IN_FLIGHT:
+        while function.waiting and process.in_flight < self._most(function):
             self._send(function, process, function.waiting.popleft())
         if not process.in_flight:
             self._unwanted(function)
@@ -210,15 +217,18 @@ class CpuPool:
             function.process.end()
 
     def _failed(self, function: _Function, ending: Ending, *, loaded: bool) -> None:
-        """The call that ran fails with its process; the rest gets another process, as long as that seems to help."""
+        """A call that was alone fails with its process; others get another process, as long as that seems to help."""
         assert ending.kind is not None
         function.failures += 1
         function.reason = ending.reason
         message = f"{function.spec.model} failed: {ending.reason}"
-        if function.sent:
-            self._refuse_all(deque([function.sent.popleft()]), _STATUS.get(ending.kind, _FAILED), message)
-        function.waiting.extendleft(reversed(function.sent))
-        function.sent.clear()
+        if len(function.sent) == 1:
+            self._refuse_all(function.sent, _STATUS.get(ending.kind, _FAILED), message)
+            function.suspects = max(0, function.suspects - 1)
+        elif function.sent:
+            function.suspects = len(function.sent)
+            function.waiting.extendleft(reversed(function.sent))
+            function.sent.clear()
         if loaded and function.failures < FAILURES_IN_A_ROW:
             return
         exponent = min(function.failures - 1, 16)

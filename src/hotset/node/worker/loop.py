@@ -24,9 +24,9 @@ from hotset.node.worker.memory import cuda_bytes, measure, private_bytes
 from hotset.vocabulary import FailureKind
 
 _TINY_S = 100e-6
-"""After an item of a stream this short the next one is expected to be as short: they may leave together."""
+"""After a call, or an item of a stream, this short the next one is expected to be as short: they leave together."""
 _HELD_S = 200e-6
-"""But no item waits longer than this for the next one to begin."""
+"""But none waits longer than this for the next one to begin."""
 _TOO_LARGE = b'{"error":"the answer has more than %d bytes: return less, or yield it in parts"}' % MAX_BODY_BYTES
 
 
@@ -51,6 +51,9 @@ class Worker:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._runtime: Runtime | None = None
+        self._latest_s = 0.0
+        """How long the latest call or item took."""
+        self._flushed_s = 0.0
 
     def main(self) -> Exit:
         """Live and die. Every way out but a crash comes through here."""
@@ -129,14 +132,13 @@ class Worker:
 
     def _run_one(self, call: Call, *, ends: bool = False) -> None:
         assert self._runtime is not None
-        # Answers leave before the next call begins: should it take the process down, it fails alone.
-        self._channel.flush()
-        begin_s = perf_counter()
+        begin_s = self._flush_if_due()
         if call.request_id in self._channel.cancelled:
             self._channel.answer(call.request_id, 200, call.content_type, b"", 0.0, final=True, ends=ends)
             return
         outcome = self._runtime.call(call.body, call.content_type, call.accept)
         self._answer(call.request_id, outcome, begin_s, ends)
+        self._latest_s = perf_counter() - begin_s
 
     def _run_batch(self, calls: list[Call]) -> None:
         assert self._runtime is not None
@@ -163,15 +165,13 @@ class Worker:
     def _stream(self, request_id: int, outcome: Outcome, stream: Stream, begin_s: float) -> None:
         """Send the chunks; the final, empty answer is the caller's."""
         channel = self._channel
-        flushed_s = item_s = begin_s
+        item_s = begin_s
         try:
             for item in stream:
-                now_s = perf_counter()
-                channel.answer(request_id, outcome.status, outcome.content_type, item, now_s - begin_s, final=False)
-                if now_s - item_s > _TINY_S or now_s - flushed_s > _HELD_S:
-                    channel.flush()
-                    flushed_s = now_s
-                item_s = now_s
+                spent_s = perf_counter() - begin_s
+                channel.answer(request_id, outcome.status, outcome.content_type, item, spent_s, final=False)
+                self._latest_s = begin_s + spent_s - item_s
+                item_s = self._flush_if_due()
                 channel.poll()
                 if request_id in channel.cancelled:
                     break
@@ -179,6 +179,14 @@ class Worker:
             stream.close()
         if stream.error is not None:
             _raise_device_error(stream.error)
+
+    def _flush_if_due(self) -> float:
+        """Before work of unknown length: gathered answers leave, unless work is tiny and they are fresh. The time."""
+        now_s = perf_counter()
+        if self._latest_s > _TINY_S or now_s - self._flushed_s > _HELD_S:
+            self._channel.flush()
+            self._flushed_s = now_s
+        return now_s
 
 
 def _raise_device_error(error: Exception) -> None:
