@@ -15,7 +15,7 @@ import uvloop
 
 from hotset.node.interface import Answer, Call, LaunchSpec
 from hotset.node.manager import LocalNode
-from hotset.node.spawner import Spawner
+from hotset.node.spawner import ProcessSource, Spawner
 from hotset.vocabulary import FailureKind
 
 FUNCTIONS = Path(__file__).parent / "functions"
@@ -40,7 +40,7 @@ def story(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]
 
 @asynccontextmanager
 async def running(
-    recorder: Recorder, gpus: int = 1, memory_bytes: int = 20 * MIB, source: Spawner | None = None
+    recorder: Recorder, gpus: int = 1, memory_bytes: int = 20 * MIB, source: ProcessSource | None = None
 ) -> AsyncIterator[LocalNode]:
     """A started node with virtual GPUs; whatever happens, it is stopped."""
     node = LocalNode(virtual_gpus=gpus, memory_bytes=memory_bytes, source=source or Spawner())

@@ -83,6 +83,10 @@ class _Zygote:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._control, self._readable)
 
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
     def take(self) -> Spawned | None:
         """A process that waits for its order; None if it cannot be had within ``FORK_WITHIN_S``."""
         deadline_s = monotonic() + FORK_WITHIN_S
@@ -216,6 +220,15 @@ class ZygoteSource:
         if zygote is not None and not zygote.dead and set(wanted) <= {*zygote.modules, *zygote.refused}:
             return
         self._start(python, wanted)
+
+    def ready(self, python: str) -> bool:
+        """Whether processes of this interpreter come from a zygote now."""
+        zygote = self._zygotes.get(python)
+        return zygote is not None and zygote.ready
+
+    def zygote_pid(self, python: str) -> int:
+        """Process id of the interpreter's zygote; ``KeyError``: it has none."""
+        return self._zygotes[python].pid
 
     def spawn(self, python: str, env: Mapping[str, str]) -> Spawned:
         zygote = self._zygotes.get(python)
