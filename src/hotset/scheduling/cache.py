@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from hotset.errors import InvariantError
 from hotset.vocabulary import Residency
+
+if TYPE_CHECKING:
+    from hotset.scheduling.cluster import Cluster
 
 
 class Resident:
@@ -39,20 +42,46 @@ class GpuMemory:
     capacity_bytes: int
     used_bytes: int = 0
     residents: OrderedDict[str, Resident] = field(default_factory=OrderedDict)
+    version: int = 0
+    """Changes whenever the residents do."""
 
     @property
     def free_bytes(self) -> int:
         return self.capacity_bytes - self.used_bytes
 
 
-class EvictionPolicy(Protocol):
-    """Which residents leave first. ``victims`` yields in order; the Cache Manager takes until there is room."""
+class EvictionPolicy:
+    """Which residents leave when room is needed. An own policy says in which order (``victims``); no more is asked.
+
+    Policies compare GPUs, so most of its answers are not acted on: what it learns, it learns from ``used`` and
+    ``evicted``.
+    """
 
     name: str
+    cluster: Cluster
+    """Everything there is to know; set before the first question."""
 
     def victims(self, memory: GpuMemory, now_s: float) -> Iterable[Resident]:
         """Residents in the order they should go; those in use may be yielded, they are passed over."""
-        ...
+        raise NotImplementedError
+
+    def choose(self, memory: GpuMemory, missing_bytes: int, now_s: float) -> list[Resident] | None:
+        """Residents, none of them in use, that make room for ``missing_bytes`` (> 0); None if that cannot be."""
+        victims: list[Resident] = []
+        for resident in self.victims(memory, now_s):
+            if resident.in_use:
+                continue
+            victims.append(resident)
+            missing_bytes -= resident.memory_bytes
+            if missing_bytes <= 0:
+                return victims
+        return None
+
+    def used(self, memory: GpuMemory, resident: Resident) -> None:
+        """A run of it starts."""
+
+    def evicted(self, memory: GpuMemory, resident: Resident) -> None:
+        """It left to make room."""
 
 
 class CacheManager:
@@ -95,15 +124,7 @@ class CacheManager:
         missing = need_bytes - memory.free_bytes
         if missing <= 0:
             return []
-        victims: list[Resident] = []
-        for resident in self.eviction.victims(memory, now_s):
-            if resident.in_use:
-                continue
-            victims.append(resident)
-            missing -= resident.memory_bytes
-            if missing <= 0:
-                return victims
-        return None
+        return self.eviction.choose(memory, missing, now_s)
 
     def reserve(self, memory: GpuMemory, model: str, memory_bytes: int, now_s: float) -> Resident:
         """Account for a load that is about to start."""
@@ -111,6 +132,7 @@ class CacheManager:
             raise InvariantError(f"{model} cannot be reserved on {memory.gpu_id}: it is there, or there is no room")
         resident = memory.residents[model] = Resident(model, memory_bytes, now_s)
         memory.used_bytes += memory_bytes
+        memory.version += 1
         self._holders.setdefault(model, {})[memory.gpu_id] = None
         return resident
 
@@ -133,6 +155,7 @@ class CacheManager:
         resident.in_use = True
         resident.last_used_s = now_s
         resident.uses += 1
+        self.eviction.used(memory, resident)
         return resident
 
     def release(self, memory: GpuMemory, model: str) -> None:
@@ -143,7 +166,13 @@ class CacheManager:
         """The model is no longer on the GPU: evicted, unloaded, or its process died."""
         resident = memory.residents.pop(model)
         memory.used_bytes -= resident.memory_bytes
+        memory.version += 1
         self._forget_holder(model, memory.gpu_id)
+
+    def evict(self, memory: GpuMemory, resident: Resident) -> None:
+        """Count a resident that leaves to make room, just before it is dropped."""
+        self.evictions += 1
+        self.eviction.evicted(memory, resident)
 
     def _forget_holder(self, model: str, gpu_id: str) -> None:
         held = self._holders[model]

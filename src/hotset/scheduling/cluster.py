@@ -10,8 +10,10 @@ from collections import OrderedDict, deque
 
 from hotset.scheduling.cache import CacheManager, GpuMemory
 from hotset.scheduling.holders import HolderIndex
+from hotset.scheduling.prices import Prices
 from hotset.scheduling.profiles import Profiles
 from hotset.scheduling.queue import Entry, GlobalQueue
+from hotset.scheduling.rates import ArrivalRates
 from hotset.vocabulary import Gpu, Model
 
 
@@ -78,6 +80,7 @@ class Cluster:
         self.cache = cache
         self.profiles = profiles
         self.queue = GlobalQueue()
+        self.rates = ArrivalRates()
         self.models: dict[str, Model] = {}
         self.removed: set[str] = set()
         """Models that are to be forgotten once no GPU uses them."""
@@ -86,6 +89,7 @@ class Cluster:
         """Memory of the largest GPU; 0: there is none."""
         self.idle: OrderedDict[GpuState, None] = OrderedDict()
         """GPUs with nothing to do, the one idle longest first."""
+        self.prices = Prices(self)
         self._holders = HolderIndex(cache, self.gpus)
         self._joined = 0
         self._idle_ranks = 0
@@ -159,6 +163,7 @@ class Cluster:
         self.idle.pop(gpu, None)
         self._holders.left(gpu)
         self.cache.drop_gpu(gpu_id)
+        self.prices.left(gpu_id)
         self.largest_bytes = max((other.memory.capacity_bytes for other in self.gpus.values()), default=0)
         return gpu
 

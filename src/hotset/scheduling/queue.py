@@ -109,7 +109,7 @@ class GlobalQueue:
         if line[0] is entry:
             line.popleft()
         else:
-            line.remove(entry)  # only a cancelled request leaves from within its model's line
+            line.remove(entry)  # a cancelled request, or one that gets a further copy of its model
         if not line:
             del self._by_model[entry.model]
         if self._fifo[0] is entry:

@@ -65,7 +65,7 @@ class Scheduler:
         self.config = config or SchedulerConfig()
         self.profiles = Profiles()
         self.cache = CacheManager(eviction)
-        self.cluster = Cluster(self.cache, self.profiles)
+        self.cluster = eviction.cluster = Cluster(self.cache, self.profiles)
         self.journal = Journal(self.config.journal_capacity)
         self._burst_s = self.config.burst_s
         self._journalling = self.config.journal_capacity > 0
@@ -132,6 +132,7 @@ class Scheduler:
         self._entries[request.request_id] = entry
         if request.deadline_s is not None:
             heappush(self._deadlines, (request.deadline_s, entry.seq, entry))
+        self.cluster.rates.arrived(request.model, now_s)
         self.cluster.queue.push(entry)
 
     def _request_cancelled(self, event: RequestCancelled, now_s: float) -> None:
@@ -221,8 +222,8 @@ class Scheduler:
         if self._journalling:
             self._note(entry, gpu, rule, tuple(victim.model for victim in victims), now_s)
         for victim in victims:
+            self.cache.evict(gpu.memory, victim)
             self._unload(gpu, victim.model)
-            self.cache.evictions += 1
         false_miss = self.cache.copies(model) > 0
         self.cache.reserve(gpu.memory, model, memory_bytes, now_s).in_use = True
         work = Work(model, [entry], hit=False, now_s=now_s)
@@ -432,6 +433,7 @@ class Scheduler:
             self.cluster.removed.discard(name)
             self.cluster.models.pop(name, None)
             self.profiles.remove(name)
+            self.cluster.rates.forget(name)
             self.quarantine.succeeded(name)
 
     def _learn_memory(self, name: str, memory_bytes: int) -> None:

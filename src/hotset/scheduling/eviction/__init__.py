@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 
 from hotset.errors import UnknownNameError
 from hotset.scheduling.cache import EvictionPolicy
+from hotset.scheduling.eviction.hotset import Hotset
 from hotset.scheduling.eviction.lru import Lru
 
-EVICTIONS: Mapping[str, Callable[[], EvictionPolicy]] = {"lru": Lru}
+EVICTIONS: Mapping[str, Callable[[], EvictionPolicy]] = {"lru": Lru, "hotset": Hotset}
 
 
 def make_eviction(name: str) -> EvictionPolicy:

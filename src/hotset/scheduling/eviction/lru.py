@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hotset.scheduling.cache import GpuMemory, Resident
+from hotset.scheduling.cache import EvictionPolicy, GpuMemory, Resident
 
 
-class Lru:
+class Lru(EvictionPolicy):
     """Victims in order of their last use on that GPU, oldest first."""
 
     name = "lru"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hotset.errors import UnknownNameError
+from hotset.scheduling.policies.hotset import Hotset
 from hotset.scheduling.policies.interface import Policy, PolicySettings
 from hotset.scheduling.policies.lalb import Lalb
 from hotset.scheduling.policies.lalb_o3 import LalbO3
@@ -14,6 +15,7 @@ POLICIES: Mapping[str, Callable[[PolicySettings], Policy]] = {
     "lb": lambda _: Lb(),
     "lalb": lambda _: Lalb(),
     "lalb_o3": LalbO3,
+    "hotset": Hotset,
 }
 
 

@@ -22,6 +22,9 @@ class Rule(Enum):
     LOAD_IS_SHORTER = "a load is shorter than waiting for the busy holder"
     HOLDER_AWAITED = "the busy holder is left to an older request that fits nowhere else"
     OUT_OF_ORDER_HIT = "the GPU holds the model of a younger request"
+    CHEAPEST_ROOM = "no GPU holds the model; room costs least here"
+    EXTRA_COPY = "its holders cannot drain its line as soon as another copy can help"
+    OLDEST_FIRST = "it was passed over as often, or has waited as long, as is allowed"
     LOCAL_QUEUE = "head of the GPU's local queue"
     JOINED = "joined a run of its model that was about to begin"
     RETRY = "second try after its process died"
@@ -32,6 +35,10 @@ class PolicySettings(msgspec.Struct, frozen=True, kw_only=True):
 
     o3_limit: int = 25
     """LALB+O3: most times a request may be passed over by younger ones."""
+    max_skips: int = 10_000
+    """hotset: the same. One much below a load's worth of requests turns an out-of-order queue back into thrash."""
+    max_wait_s: float = 60.0
+    """hotset: a request that has waited so long is passed over no more. The same caution: several loads at least."""
 
 
 class Placement(msgspec.Struct, frozen=True, gc=False):
