@@ -18,6 +18,7 @@ from hotset.cli.output import Table, progress, show_table, write_json
 from hotset.cli.simulate import read_models
 from hotset.errors import TraceError
 from hotset.simulation import evaluation as paper
+from hotset.simulation import evaluation_report, report
 from hotset.simulation.presets import PRESETS, Preset
 
 DATA = Path(__file__).parents[1] / "data" / "traces"
@@ -274,7 +275,8 @@ def test_a_trace_cannot_do_everything(counts: Path, options: Sequence[str], mess
     assert message in refused("--trace", counts, "--working-set", "10", *options)
 
 
-def test_a_report_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_report_is_written_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "bars", lambda *_: b"")
     result = hotset("simulate", *QUICK, "--policy", "lalb", "--report", tmp_path / "report")
 
     assert result.exit_code == 0
@@ -295,6 +297,10 @@ def test_the_papers_evaluation_is_one_command(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(paper, "ZIPF_EXPONENTS", (0.9,))
     monkeypatch.setattr(paper, "LOAD_SCALES", (1.0,))
     monkeypatch.setattr(paper, "O3_LIMITS", (0, 25))
+    # How the pictures look is test_report's business, and drawing them most of the cost.
+    monkeypatch.setattr(report, "bars", lambda *_: b"")
+    monkeypatch.setattr(evaluation_report, "lines", lambda *_, **__: b"")
+    monkeypatch.setattr(evaluation_report, "comparison", lambda *_, **__: b"")
     result = hotset("paper", "--seeds", "1", "--out", tmp_path / "out", "--jobs", "1")
 
     assert result.exit_code == 0, result.output

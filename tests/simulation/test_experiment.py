@@ -11,7 +11,6 @@ import pytest
 
 from hotset.errors import ConfigurationError, InvariantError, TraceError, UnknownNameError
 from hotset.simulation import experiment
-from hotset.simulation.bounds import Clairvoyant
 from hotset.simulation.engine import Fault
 from hotset.simulation.experiment import (
     FIGURES,
@@ -26,7 +25,6 @@ from hotset.simulation.experiment import (
 )
 from hotset.simulation.hardware import MIB, ModelCost
 from hotset.simulation.presets import preset, synthetic
-from hotset.simulation.sketch import LatencySketch
 from hotset.simulation.statistics import confidence_interval
 from hotset.simulation.workloads import Arrival, Popularity, Synthetic
 
@@ -234,30 +232,6 @@ def test_the_parts_of_latency_add_up_and_every_request_ends(papers: Sequence[Run
         assert run.false_miss_ratio <= run.miss_ratio
         assert run.gpu_utilisation <= run.gpu_busy <= 1
         assert run.fairness >= 1
-
-
-def test_a_clairvoyant_misses_each_model_once_if_all_fit_and_again_if_they_do_not() -> None:
-    roomy, tight = Clairvoyant(200), Clairvoyant(100)
-    for bound in (roomy, tight):
-        for function in "abababab":
-            bound.arrive(function)
-
-    assert roomy.misses({"a": 100, "b": 100}) == 2
-    # One place: each of the six hits to be had costs a place for two requests, and eight requests pay for four.
-    assert tight.misses({"a": 100, "b": 100}) == 4
-
-
-def test_percentiles_are_within_a_thousandth_whatever_their_size() -> None:
-    sketch = LatencySketch()
-    values = [1.01**power for power in range(-500, 500)]
-    for value in values:
-        sketch.add(value)
-
-    for q in (1, 50, 95, 99, 100):
-        assert sketch.percentile(q) == pytest.approx(values[math.ceil(q * 10) - 1], rel=0.0011)
-    assert sketch.mean == pytest.approx(statistics.fmean(values))
-    assert sketch.variance == pytest.approx(statistics.pvariance(values))
-    assert LatencySketch().percentile(50) == 0
 
 
 def test_a_lost_gpu_makes_everything_slower_and_loses_no_request() -> None:
