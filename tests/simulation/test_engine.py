@@ -133,6 +133,19 @@ class TestFaults:
         with pytest.raises(ConfigurationError, match="every GPU failed and 1 requests wait for ever"):
             play(engine(Fault(2.0, "sim/gpu:0")), (0.0, "a"))
 
+    @pytest.mark.parametrize(
+        "faults",
+        [
+            [Fault(1.0, "sim/gpu:9")],
+            [Fault(1.0, "sim/gpu:0"), Fault(2.0, "sim/gpu:0")],
+            [Fault(5.0, "sim/gpu:0", back_s=7.0), Fault(1.0, "sim/gpu:0", back_s=6.0)],
+        ],
+        ids=["unknown", "gone for good", "not back yet"],
+    )
+    def test_only_a_gpu_that_is_there_can_fail(self, faults: list[Fault]):
+        with pytest.raises(ConfigurationError, match=r"sim/gpu:\d cannot fail at \d s: it is not there then"):
+            engine(*faults)
+
     @pytest.mark.parametrize("policy", ["lb", "lalb", "lalb_o3"])
     def test_no_request_is_lost_however_many_gpus_are(self, policy: str):
         faults = [

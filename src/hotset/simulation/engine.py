@@ -6,6 +6,7 @@ out by asking the hardware profile how long they take. It decides nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 
@@ -29,6 +30,17 @@ class Fault(msgspec.Struct, frozen=True):
     back_s: float | None = None
 
 
+def _checked(faults: Sequence[Fault], gpus: Mapping[str, Gpu]) -> Sequence[Fault]:
+    """Faults in order of time; ``ConfigurationError`` if one names no GPU, or one that has not come back yet."""
+    back_s = dict.fromkeys(gpus, 0.0)
+    in_order = sorted(faults, key=lambda fault: fault.time_s)
+    for fault in in_order:
+        if fault.time_s < back_s.get(fault.gpu_id, math.inf):
+            raise ConfigurationError(f"{fault.gpu_id} cannot fail at {fault.time_s:g} s: it is not there then")
+        back_s[fault.gpu_id] = math.inf if fault.back_s is None else fault.back_s
+    return in_order
+
+
 class Engine:
     """One run: one scheduler, one cluster, one stream of arrivals."""
 
@@ -49,7 +61,7 @@ class Engine:
             scheduler.handle(ModelAdded(model), 0.0)
         for gpu in hardware.gpus:
             scheduler.handle(GpuJoined(gpu), 0.0)
-        for fault in faults:
+        for fault in _checked(faults, self.gpus):
             self._schedule(fault.time_s, GpuLost(fault.gpu_id, "fault"))
             if fault.back_s is not None:
                 self._schedule(fault.back_s, GpuJoined(self.gpus[fault.gpu_id]))
