@@ -18,7 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from hotset.errors import StoreError
-from hotset.store.datastore import BundleRecord, FunctionRecord, ProfileRecord
+from hotset.store.datastore import BundleRecord, FunctionRecord, ImageRecord, Named, NamedRecord, ProfileRecord
 
 Record = TypeVar("Record", bound=msgspec.Struct)
 
@@ -31,6 +31,11 @@ MIGRATIONS = (
     CREATE TABLE profiles (
         function TEXT NOT NULL, model TEXT NOT NULL, gpu_kind TEXT NOT NULL, record TEXT NOT NULL,
         PRIMARY KEY (function, model, gpu_kind)
+    ) WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE named (
+        kind TEXT NOT NULL, name TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (kind, name)
     ) WITHOUT ROWID;
     """,
 )
@@ -94,8 +99,31 @@ class SqliteDatastore:
 
     def forget_unused_bundles(self) -> list[str]:
         with self._transaction() as connection:
-            connection.execute("DELETE FROM bundles WHERE digest NOT IN (SELECT bundle FROM functions)")
+            connection.execute(
+                "DELETE FROM bundles WHERE digest NOT IN (SELECT bundle FROM functions UNION"
+                " SELECT json_extract(record, '$.digest') FROM named WHERE kind = 'ImageRecord')"
+            )
             return [digest for (digest,) in connection.execute("SELECT digest FROM bundles ORDER BY digest")]
+
+    def name_image(self, image: ImageRecord, bundle: BundleRecord) -> None:
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO bundles VALUES (?, ?)", (bundle.digest, _encode(bundle)))
+            connection.execute(
+                "INSERT OR REPLACE INTO named VALUES (?, ?, ?)", ("ImageRecord", image.name, _encode(image))
+            )
+
+    def save_named(self, record: NamedRecord) -> None:
+        row = (type(record).__name__, record.name, _encode(record))
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO named VALUES (?, ?, ?)", row)
+
+    def named(self, kind: type[Named]) -> list[Named]:
+        return self._read("SELECT record FROM named WHERE kind = ? ORDER BY name", kind, (kind.__name__,))
+
+    def remove_named(self, kind: type[NamedRecord], name: str) -> bool:
+        with self._transaction() as connection:
+            removed = connection.execute("DELETE FROM named WHERE kind = ? AND name = ?", (kind.__name__, name))
+            return removed.rowcount > 0
 
     def save_profiles(self, profiles: Iterable[ProfileRecord]) -> None:
         rows = [(p.model.partition("@")[0], p.model, p.gpu_kind, _encode(p)) for p in profiles]
