@@ -154,6 +154,8 @@ class Control:
         version, replaced = self.functions.install(spec)
         if spec.scheduled is not None:
             self._handle(ModelAdded(spec.scheduled))
+            for node in self.nodes:
+                node.prepare(spec.launch)
         if replaced is not None:
             self._remove_if_done(replaced)
         log.info("deployed %s", version.model)

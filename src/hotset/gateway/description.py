@@ -35,6 +35,8 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, tag="description"):
     """``module:Name``."""
     options: FunctionOptions
     schema: dict[str, Any]
+    frameworks: tuple[str, ...] = ()
+    """What the import brought in that takes long."""
 
 
 class _Failure(msgspec.Struct, frozen=True, tag="failure"):
@@ -122,6 +124,7 @@ def _main(code_path: str, entry: str) -> bytes:
     from hotset.functions.inspection import signature_of
     from hotset.functions.loading import load_entry
     from hotset.functions.v2_types import tensors_of
+    from hotset.node.worker.environment import imported_frameworks
 
     try:
         target = load_entry(code_path, entry)
@@ -130,7 +133,9 @@ def _main(code_path: str, entry: str) -> bytes:
         full_entry = f"{entry.partition(':')[0]}:{target.__name__}"
         signature = signature_of(target, options)
         schema = signature.schema() | {"tensors": msgspec.to_builtins(tensors_of(signature))}
-        return msgspec.json.encode(Description(entry=full_entry, options=options, schema=schema))
+        return msgspec.json.encode(
+            Description(entry=full_entry, options=options, schema=schema, frameworks=imported_frameworks())
+        )
     except FunctionError as error:
         return msgspec.json.encode(_Failure(str(error)))
 

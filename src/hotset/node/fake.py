@@ -176,6 +176,9 @@ class FakeNode:
             gpu.queue.clear()
             gpu.busy = gpu.computing = False
 
+    def prepare(self, spec: LaunchSpec) -> None:
+        """A fake process starts as fast as it is told to."""
+
     def load(self, gpu_id: str, spec: LaunchSpec) -> None:
         self._submit(Operation("load", gpu_id, spec.model), partial(self._load, gpu_id, spec))
 

@@ -29,6 +29,8 @@ class LaunchSpec(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     """GPU memory the process is expected to take; what it really takes is measured, and may be all that is free."""
     max_batch: int = 1
+    frameworks: tuple[str, ...] = ()
+    """What its module was seen to import that takes long (``worker/environment.py``)."""
     timeout_s: float = 60.0
     """Longest one run may take before the process counts as hung."""
     load_timeout_s: float = 300.0
@@ -110,6 +112,10 @@ class Node(Protocol):
 
     async def stop(self) -> None:
         """End every process: SIGTERM, a grace period, SIGKILL; returns when all are reaped."""
+        ...
+
+    def prepare(self, spec: LaunchSpec) -> None:
+        """This model was deployed: get ready to start its process quickly. Returns at once."""
         ...
 
     def load(self, gpu_id: str, spec: LaunchSpec) -> None:

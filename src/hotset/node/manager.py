@@ -80,6 +80,9 @@ class LocalNode:
         self._lanes = {}
         self._source.close()
 
+    def prepare(self, spec: LaunchSpec) -> None:
+        self._source.prepare(spec.python, spec.frameworks)
+
     def load(self, gpu_id: str, spec: LaunchSpec) -> None:
         self._lanes[gpu_id].submit(LoadOperation(spec))
 
