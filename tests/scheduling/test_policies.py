@@ -6,6 +6,7 @@ import pytest
 from scheduling_world import End, World, model
 
 from hotset.errors import UnknownNameError
+from hotset.scheduling import holders
 from hotset.scheduling.actions import Load, Run
 from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.policies import POLICIES, make_policy
@@ -111,6 +112,24 @@ class TestLalb:
         assert world.local("g0") == [waiting]
         behind = world.arrive("a")  # g0 would be free in 1.5 s now
         assert world.local("g1") == [behind]
+
+    @pytest.mark.parametrize("many_copies", [0, 8], ids=["indexed", "compared"])
+    def test_2d_a_cancelled_request_shortens_the_wait_it_was_part_of(
+        self, many_copies: int, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(holders, "MANY_COPIES", many_copies)
+        world = World("lalb", gpus=(2.0, 2.0, 2.0))
+        for _ in range(2):
+            world.arrive("a")
+        world.wait(4.0)
+        world.loaded("g0")
+        world.wait(0.5)
+        world.loaded("g1", load_s=4.5)
+        gone = world.arrive("a")
+        assert world.local("g0") == [gone]
+        world.cancel(gone)
+        heir = world.arrive("a")  # g0 ends in 0.5 s again, g1 in 1 s
+        assert world.local("g0") == [heir]
 
     def test_an_overdue_holder_counts_as_done_any_moment(self):
         world = World("lalb", gpus=(2.0, 2.0))

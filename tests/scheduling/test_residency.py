@@ -8,6 +8,7 @@ from scheduling_world import GIB, World, model
 from hotset.errors import InvariantError
 from hotset.scheduling.actions import Unload
 from hotset.scheduling.cache import CacheManager
+from hotset.scheduling.events import ModelLoaded
 from hotset.scheduling.eviction.lru import Lru
 from hotset.vocabulary import Residency
 
@@ -63,6 +64,16 @@ def test_what_was_measured_replaces_what_was_declared():
     world.loaded("g0", memory_bytes=GIB // 2)
     assert world.scheduler.cache.memory("g0").used_bytes == GIB // 2
     assert world.scheduler.cluster.models["a"].memory_bytes == GIB // 2
+
+
+def test_a_measurement_beyond_the_gpu_does_not_make_a_resident_model_too_large():
+    world = World(gpus=(2.0,))
+    world.arrive("a")
+    world.devices["g0"].loading = None
+    world.devices["g0"].resident["a"] = 2 * GIB
+    world.handle(ModelLoaded("g0", "a", 4.0, 3 * GIB))
+    world.finish("g0")
+    assert world.arrive("a") in world.running("g0")
 
 
 def test_a_measurement_never_overdraws_the_account():
