@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -101,12 +102,21 @@ def test_the_table_names_policies_bounds_and_gains() -> None:
     text = hotset("simulate", *QUICK, "--seeds", "2").stdout
 
     assert text.splitlines()[0] == "12 GPUs with 7.6 GiB each; synthetic, Zipf 0.9; 2 seeds from 0"
-    latency, memory = text.split("Memory and GPUs")
-    for words in ("LB", "LALB", "LALB+O3", "no loads at all", "speed-up", "queueing", "fairness", "p99", "variance"):
+    latency, time, memory = text.split("\n\n")[1:]
+    for words in ("LB", "LALB", "LALB+O3", "no loads", "speed-up", "p99", "variance", "1.0x"):
         assert words in latency
-    for words in ("misses", "false misses", "clairvoyant", "copies of top", "utilisation", "evictions", "requests/s"):
+    for words in ("queueing", "load", "inference", "fairness", "utilisation", "busy", "requests/s"):
+        assert words in time
+    for words in ("misses", "false", "clairvoyant", "top copies", "evictions", "163"):
         assert words in memory
-    assert "1.0x" in latency
+
+
+def test_requests_that_could_not_run_show_in_the_table(tmp_path: Path) -> None:
+    table = tmp_path / "models.csv"
+    table.write_text("function,memory,load,inference\nf00,1GiB,2s,1s\nf01,20GiB,2s,1s\n")
+    text = hotset("simulate", "--working-set", "2", "--minutes", "0.2", "--rate", "300", "--models", table).stdout
+
+    assert re.search(r"\b\d+ of 60\n", text)
 
 
 def test_every_combination_of_a_list_is_run() -> None:

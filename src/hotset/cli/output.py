@@ -51,17 +51,30 @@ def _draw(table: Table) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
+    console = Console()
     drawn = RichTable(
-        title=table.title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        title=table.title or None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for column, name in enumerate(table.columns):
-        justify = "left" if column < table.left else "right"
-        drawn.add_column(name, justify=justify, style="bold" if column == 0 else "")  # type: ignore[arg-type]
+        drawn.add_column(
+            name,
+            justify="left" if column < table.left else "right",
+            style="bold" if column == 0 else "",
+            no_wrap=column >= table.left or column == 0,
+        )
     for number, row in enumerate(table.rows):
         if number in table.breaks and number:
             drawn.add_section()
         drawn.add_row(*(Text(cell) for cell in row))
-    Console().print(drawn)
+    unbounded = console.options.update(max_width=10_000)
+    if console.measure(drawn, options=unbounded).maximum > console.width:
+        drawn.padding = 0
+    console.print(drawn)
 
 
 def write_json(value: object, destination: str | Path = STDOUT) -> None:
