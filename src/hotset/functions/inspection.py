@@ -15,6 +15,9 @@ from hotset.functions.codecs import codec_of, decode_hook, schema_hook, translat
 from hotset.functions.contract import FunctionOptions, options_of
 from hotset.functions.signature import Parameter, Signature
 
+SIGNATURE_ATTRIBUTE = "__hotset_signature__"
+"""Where a class that has no typed ``predict`` (a model file's) keeps a function that makes its signature."""
+
 _STREAMS = frozenset({collections.abc.Iterator, collections.abc.Iterable, collections.abc.Generator})
 
 
@@ -27,6 +30,10 @@ def signature_of(target: Callable[..., Any], options: FunctionOptions | None = N
 
     Raises ``FunctionError`` that says what the contract asks for (docs/functions.md).
     """
+    made = getattr(target, SIGNATURE_ATTRIBUTE, None)
+    if made is not None:
+        signature: Signature = made()
+        return signature
     options = options or options_of(target)
     owner = getattr(target, "__name__", repr(target))
     if options is None:
