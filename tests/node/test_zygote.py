@@ -103,9 +103,11 @@ async def test_a_fork_dies_alone_and_its_status_is_known(recorder: Recorder, how
     async with pooled(recorder) as (node, source):
         if how == "unused":
             # The kernel, or somebody, takes a process that waits in the pool: nobody notices.
-            [waiting] = psutil.Process(source.zygote_pid(sys.executable)).children()
-            waiting.kill()
-            while waiting.is_running() and waiting.status() != psutil.STATUS_ZOMBIE:
+            zygote = psutil.Process(source.zygote_pid(sys.executable))
+            while not (waiting := zygote.children()):
+                await asyncio.sleep(0.01)
+            waiting[0].kill()
+            while zygote.children() in ([], waiting):  # the zygote forks another in its place
                 await asyncio.sleep(0.01)
             node.load(GPU, forked())
             assert await Questions(node, recorder).ask("sys") == "True"
