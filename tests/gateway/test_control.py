@@ -125,32 +125,6 @@ def test_a_call_that_cannot_start_in_time_ends_with_504():
     run(story)
 
 
-def test_a_callers_own_deadline_ends_a_call_that_already_runs():
-    async def story():
-        world = await World().start(version("cat"))
-        world.behave("cat@1", load_s=0.0, inference_s=10.0)
-        pending = world.control.submit("cat", b"x", timeout_s=1.5)
-        await world.advance(2.0, steps=20)
-        result = pending.future.result()
-        assert result.record.status == 504
-        assert error_of(result.body) == "the call took longer than the 1.5 s it was given"
-        assert ("cancel", "") in world.verbs()
-
-    run(story)
-
-
-def test_a_caller_cannot_ask_for_more_time_than_the_function_has():
-    async def story():
-        world = await World().start(version("cat"), version("dog", patience_s=1.0))
-        world.behave("cat@1", load_s=0.0, inference_s=10.0)
-        world.control.submit("cat", b"long")
-        late = world.control.submit("dog", b"late", timeout_s=3600.0)
-        await world.advance(1.1)
-        assert late.future.result().record.status == 504
-
-    run(story)
-
-
 def test_a_client_that_leaves_takes_its_waiting_call_along():
     async def story():
         world = await World().start(version("cat"))

@@ -262,24 +262,26 @@ class Control:
 
     def cancel(self, pending: PendingCall) -> None:
         """The client left: a waiting call leaves the queue, a running one ends unread."""
-        if pending.request_id in self.calls:
-            self._withdraw(pending)
+        if pending.request_id in self.calls and self._withdraw(pending):
             self._end(pending, Result(record=pending.record(CLIENT_CLOSED, self._now())))
 
-    def _withdraw(self, pending: PendingCall) -> None:
-        """Nobody wants the call any more: tell whoever has it."""
+    def _withdraw(self, pending: PendingCall) -> bool:
+        """Nobody wants the call any more: tell whoever has it. False: the scheduler ended it in the same turn (its
+        deadline had passed)."""
         if pending.on_cpu:
             assert self.cpu is not None
             self.cpu.cancel(pending.request_id)
-            return
+            return True
         self._handle(RequestCancelled(pending.request_id))
+        if pending.request_id not in self.calls:
+            return False
         if pending.run_s is not None and pending.gpu_id in self._node_of:
             self._node_of[pending.gpu_id].cancel(pending.request_id)
+        return True
 
     def _abandon(self, pending: PendingCall, reason: RejectReason, message: str) -> None:
         """Answer the client now, whatever became of the call."""
-        if pending.request_id in self.calls:
-            self._withdraw(pending)
+        if pending.request_id in self.calls and self._withdraw(pending):
             self._reject(pending, reason, message)
 
     def _reject(
