@@ -9,6 +9,7 @@ from time import monotonic
 
 import msgspec
 
+from hotset.functions.http_envelope import PROCESS_ENTRY
 from hotset.node.devices.device import Device
 from hotset.node.frames import LoadOrder
 from hotset.node.interface import Answer, Call, LaunchSpec, NodeListener
@@ -173,7 +174,10 @@ class Lane:
 
     def process_loaded(self, process: ModelProcess, memory_bytes: int) -> None:
         self.spawn_failed = False
-        memory_bytes = process.memory_bytes = self.device.process_bytes(process.pid) or memory_bytes
+        memory_bytes = self.device.process_bytes(process.pid) or memory_bytes
+        if not memory_bytes and process.spec.entry == PROCESS_ENTRY:
+            memory_bytes = process.spec.memory_bytes  # a command cannot be looked into: what it declared counts
+        process.memory_bytes = memory_bytes
         self._over_with()
         load_s = monotonic() - process.started_s
         self._listener.loaded(self.gpu_id, process.spec.model, load_s, memory_bytes)

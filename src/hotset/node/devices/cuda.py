@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,12 +67,14 @@ class CudaDevice:
         return {"CUDA_VISIBLE_DEVICES": self._uuid, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
     def process_bytes(self, pid: int) -> int | None:
-        """From NVML; None when it does not list the process (another PID namespace, or an old driver)."""
+        """From NVML, with what it started; None when none of them is listed (another PID namespace, an old driver)."""
         processes = self._nvml.ask("nvmlDeviceGetComputeRunningProcesses", self._handle)
-        for process in processes or ():
-            if process.pid == pid and process.usedGpuMemory is not None:
-                return int(process.usedGpuMemory)
-        return None
+        used = [
+            int(each.usedGpuMemory)
+            for each in processes or ()
+            if each.usedGpuMemory is not None and (each.pid == pid or _group(each.pid) == pid)
+        ]
+        return sum(used) if used else None
 
     def utilisation(self) -> float | None:
         rates = self._nvml.ask("nvmlDeviceGetUtilizationRates", self._handle)
@@ -105,6 +108,14 @@ def cuda_devices(nvml: Nvml | None = None, *, node: str = "local", memory_bytes:
     if not devices:
         raise NodeError("the NVIDIA driver shows no usable GPU: check nvidia-smi, or start with --virtual-gpus")
     return devices
+
+
+def _group(pid: int) -> int | None:
+    """Its process group, which is that of the GPU process that started it."""
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return None
 
 
 def _text(value: str | bytes | None, default: str) -> str:

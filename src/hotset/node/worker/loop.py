@@ -11,7 +11,9 @@ import sys
 import traceback
 from enum import IntEnum
 from time import perf_counter
+from typing import TYPE_CHECKING
 
+from hotset.functions.http_envelope import PROCESS_ENTRY
 from hotset.functions.loading import load_entry
 from hotset.functions.runtime import Call as Argument
 from hotset.functions.runtime import Outcome, Runtime, Stream
@@ -20,8 +22,11 @@ from hotset.node.interface import Call
 from hotset.node.worker import environment
 from hotset.node.worker.channel import ByeError, Channel, ClosedError
 from hotset.node.worker.faults import classify, describe, load_failure
-from hotset.node.worker.memory import cuda_bytes, measure, private_bytes
+from hotset.node.worker.memory import children_bytes, cuda_bytes, measure, private_bytes
 from hotset.vocabulary import FailureKind
+
+if TYPE_CHECKING:
+    from hotset.functions.process import ProcessRuntime
 
 _TINY_S = 100e-6
 """After a call, or an item of a stream, this short the next one is expected to be as short: they leave together."""
@@ -50,7 +55,7 @@ class Worker:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._runtime: Runtime | None = None
+        self._runtime: Runtime | ProcessRuntime | None = None
         self._latest_s = 0.0
         """How long the latest call or item took."""
         self._flushed_s = 0.0
@@ -81,10 +86,9 @@ class Worker:
             os.chdir(order.code_path)
         environment.apply(order.env)
         try:
-            function = load_entry(order.code_path, order.entry)
+            runtime = _runtime(order)
             _limit_cuda(order)
             before_bytes = private_bytes()
-            runtime = Runtime(function, order.device)
             runtime.load()
         except Exception as error:  # noqa: BLE001 - whatever a user's load raises is reported, with its traceback in the log
             traceback.print_exc()
@@ -92,7 +96,11 @@ class Worker:
         memory_bytes = 0
         if order.limit_bytes is not None:
             growth_bytes = max(0, private_bytes() - before_bytes)
-            memory_bytes = cuda_bytes() or measure(runtime.instance, growth_bytes)
+            if order.entry == PROCESS_ENTRY:
+                # What a command takes of a CUDA device only the driver can say, which the node asks.
+                memory_bytes = 0 if order.device.startswith("cuda") else children_bytes()
+            else:
+                memory_bytes = cuda_bytes() or measure(runtime.instance, growth_bytes)
             if memory_bytes > order.limit_bytes:
                 return Failed(
                     kind=FailureKind.OUT_OF_MEMORY,
@@ -187,6 +195,15 @@ class Worker:
             self._channel.flush()
             self._flushed_s = now_s
         return now_s
+
+
+def _runtime(order: LoadOrder) -> Runtime | ProcessRuntime:
+    if order.entry != PROCESS_ENTRY:
+        return Runtime(load_entry(order.code_path, order.entry), order.device)
+    # Imported by processes that need it: most do not.
+    from hotset.functions.process import ProcessRuntime
+
+    return ProcessRuntime(order.model.partition("@")[0], order.code_path, order.device)
 
 
 def _raise_device_error(error: Exception) -> None:

@@ -8,6 +8,8 @@ during ``load`` counts.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from types import ModuleType
 from typing import Any
@@ -19,11 +21,31 @@ _PLAIN = (str, bytes, bytearray, int, float, complex, bool, type(None), type, Mo
 
 def private_bytes() -> int:
     """Anonymous memory of this process: what it has allocated, files it has mapped apart."""
-    with open("/proc/self/status", "rb") as status:
+    return _anonymous_bytes("self")
+
+
+def _anonymous_bytes(pid: int | str) -> int:
+    with open(f"/proc/{pid}/status", "rb") as status:
         for line in status:
             if line.startswith(b"RssAnon:"):
                 return int(line.split()[1]) * 1024
     return 0  # a kernel without RssAnon (before 4.5)
+
+
+def children_bytes() -> int:
+    """Anonymous memory of everything this process started, and of what that started."""
+    parents: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as stat:
+                parents[int(entry)] = int(stat.read().rpartition(b")")[2].split()[1])
+    family, total = {os.getpid()}, 0
+    for pid in sorted(parents):  # a child's number is larger than its parent's, but for a wrap-around
+        if parents[pid] in family:
+            family.add(pid)
+            with contextlib.suppress(OSError):
+                total += _anonymous_bytes(pid)
+    return total
 
 
 def measure(function: object, growth_bytes: int) -> int:
