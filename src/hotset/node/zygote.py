@@ -162,13 +162,17 @@ class _Zygote:
                 self._fill()
             case Forked():
                 connections = self._forking.popleft()
-                self._spawner.guard(message.pid)
                 try:
-                    self.pool.append(connections.spawned(_Child(message.pid, self)))
-                except OSError:  # it died at once
+                    spawned = connections.spawned(_Child(message.pid, self))
+                except OSError:  # it is gone already
                     connections.close()
+                    self._fill()
+                    return
+                self._spawner.guard(message.pid)
                 if self._retired:
-                    self._discard(self.pool.pop())
+                    self._discard(spawned)
+                else:
+                    self.pool.append(spawned)
             case Exited():
                 if message.pid in self._unwanted:
                     self._unwanted.discard(message.pid)
