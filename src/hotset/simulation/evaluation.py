@@ -106,7 +106,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     working_set: int
     ci95: tuple[float, float] | None
     lowest: float
-    """Over single runs: the paper's figure is one run's."""
+    """Over single runs, one per seed."""
     highest: float
     outcome: Outcome
     why: str
