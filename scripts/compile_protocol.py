@@ -10,7 +10,7 @@ from pathlib import Path
 
 from grpc_tools import protoc
 
-PROTOCOL = Path(__file__).resolve().parent.parent / "src" / "hotset" / "gateway" / "v2" / "protocol"
+PROTOCOL = Path(__file__).resolve().parent.parent / "src" / "hotset" / "protocol"
 
 
 def compile_protocol(target: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
+from hotset.cli.model_bundle import model_folder
 from hotset.cli.options import gateway_option, json_option, status_line
 from hotset.cli.output import write_json
 from hotset.cli.remote import Remote
 from hotset.errors import ConfigurationError
 from hotset.functions.contract import function_name
+from hotset.functions.model_files import SUFFIXES, FileSettings
 from hotset.functions.units import parse_bytes, parse_duration
 from hotset.store.bundles import make_bundle
 
@@ -27,6 +30,8 @@ from hotset.store.bundles import make_bundle
 @click.option("--load-timeout", metavar="TIME", help="Longest the model may take to load.")
 @click.option("--retry/--no-retry", default=None, help="Whether a call may run again when its process died.")
 @click.option("--env", "env", multiple=True, metavar="KEY=VALUE", help="An environment variable; repeatable.")
+@click.option("--module", metavar="FILE.py:CLASS", help="The class that a .safetensors file belongs to.")
+@click.option("--trust-pickle", is_flag=True, help="Open a model file that is a pickle, which runs the code it holds.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label; repeatable.")
 @click.option("--annotation", "annotations", multiple=True, metavar="KEY=VALUE", help="An annotation; repeatable.")
 @gateway_option
@@ -41,15 +46,20 @@ def deploy(
     load_timeout: str | None,
     retry: bool | None,
     env: tuple[str, ...],
+    module: str | None,
+    trust_pickle: bool,
     labels: tuple[str, ...],
     annotations: tuple[str, ...],
     gateway: str,
     as_json: bool,
 ) -> None:
-    """Deploy the function in SOURCE, a Python file or a folder.
+    """Deploy the function in SOURCE, a Python file or a folder, or the model in it, a file from a framework.
 
     A requirements.txt in the folder or beside the file, or a PEP 723 header, is installed once for all functions with
     the same requirements. Deploying a name again replaces it: calls in flight end on the old version.
+
+    A model file (.onnx, TorchScript .pt, torch.export .pt2, .safetensors with its class) needs no code: its inputs and
+    outputs are read from it. With --max-batch above 1 its first dimension is the batch.
     """
     service = name or function_name(source.resolve().stem)
     if gpu_memory is not None:
@@ -57,10 +67,13 @@ def deploy(
     for value, flag in ((timeout, "--timeout"), (load_timeout, "--load-timeout")):
         if value is not None:
             parse_duration(value, flag)
+    is_model = source.is_file() and source.suffix in SUFFIXES
+    if not is_model and (module or trust_pickle):
+        raise ConfigurationError(f"--module and --trust-pickle are for model files ({', '.join(SUFFIXES)})")
     overrides = {
-        "entry": entry or (source.stem if source.is_file() else None),
+        "entry": entry or (source.stem if source.is_file() and not is_model else None),
         "gpu_memory": gpu_memory,
-        "max_batch": max_batch,
+        "max_batch": None if is_model else max_batch,
         "timeout": timeout,
         "load_timeout": load_timeout,
         "retry": retry,
@@ -73,7 +86,11 @@ def deploy(
         "hotset": {key: value for key, value in overrides.items() if value is not None},
     }
     with Remote(gateway) as remote, status_line(f"Bundling {source}", quiet=as_json) as say:
-        with tempfile.TemporaryFile() as archive:
+        with tempfile.TemporaryFile() as archive, contextlib.ExitStack() as stack:
+            if is_model:
+                rows = max_batch or 0
+                settings = FileSettings(max_rows=rows, join=rows > 1, module=module, trust_pickle=trust_pickle)
+                source = stack.enter_context(model_folder(source, settings))
             bundle = make_bundle(source, archive)
             if not remote.has_bundle(bundle.digest):
                 size, sent = archive.tell(), 0

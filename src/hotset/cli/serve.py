@@ -68,6 +68,16 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
 @click.option("--max-queue-per-function", type=click.IntRange(min=1), help="Most waiting calls of one function.")
 @click.option("--burst", default="2ms", show_default=True, metavar="TIME", help="Calls this short share a run.")
 @click.option("--max-body", default="64MiB", show_default=True, metavar="SIZE", help="Largest request body.")
+@click.option(
+    "--grpc-port",
+    type=click.IntRange(0, 65535),
+    help="Serve the v2 protocol over gRPC too, usually on 8001; 0: any free port.",
+)
+@click.option(
+    "--model-repository",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Serve the models of this directory: NAME/VERSION/model.onnx, model.pt, ...",
+)
 @click.option("--drain", default="30s", show_default=True, metavar="TIME", help="What open calls get at a stop.")
 @click.option(
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
@@ -86,6 +96,8 @@ def serve(
     max_queue_per_function: int | None,
     burst: str,
     max_body: str,
+    grpc_port: int | None,
+    model_repository: Path | None,
     drain: str,
     log_level: str,
     as_json: bool,
@@ -111,6 +123,8 @@ def serve(
         max_queue_per_function=max_queue_per_function,
         burst_s=parse_duration(burst, "--burst"),
         max_body_bytes=parse_bytes(max_body, "--max-body"),
+        grpc_port=grpc_port,
+        model_repository=model_repository,
         drain_s=parse_duration(drain, "--drain"),
     )
 

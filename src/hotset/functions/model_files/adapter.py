@@ -13,8 +13,7 @@ from hotset.functions.v2_types import TensorMetadata
 class Adapter(ABC):
     """One model file. Made with its path; ``inputs`` and ``outputs`` may be asked for before ``load``.
 
-    A name that the file does not tell is made up (``input_0``, ``output_1``); a shape or datatype it does not tell is
-    None in ``known``.
+    A name that the file does not tell is made up (``output_1``), and so is what ``typed`` says it does not tell.
     """
 
     platform: ClassVar[str]
@@ -34,6 +33,10 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def outputs(self) -> Sequence[TensorMetadata]: ...
+
+    def beside(self) -> Sequence[str]:
+        """Names of the files that must stand beside this one."""
+        return ()
 
     @abstractmethod
     def load(self, device: str) -> None:

@@ -71,7 +71,7 @@ def model_file(path: str | Path, settings: FileSettings | None = None) -> type:
 def make_class(path: Path, settings: FileSettings, *, module: str) -> type:
     """``model_file`` with nothing left to guess; ``module``: where the class claims to be from."""
     adapter = open_file(path, module=settings.module, trust_pickle=settings.trust_pickle)
-    options = _options(path, settings)
+    options = _options(adapter, settings)
     if settings.join and settings.max_rows < 2:
         raise FunctionError("requests cannot be joined unless max_batch_size is at least 2")
 
@@ -219,7 +219,7 @@ def _parameter(tensor: TensorMetadata, *, torch: bool, known: bool) -> Parameter
     )
 
 
-def _options(path: Path, settings: FileSettings) -> FunctionOptions:
+def _options(adapter: Adapter, settings: FileSettings) -> FunctionOptions:
     try:
         memory_bytes = None if settings.gpu_memory is None else parse_bytes(settings.gpu_memory, "gpu_memory")
         timeout_s = DEFAULT_TIMEOUT_S if settings.timeout is None else parse_duration(settings.timeout, "timeout")
@@ -231,9 +231,9 @@ def _options(path: Path, settings: FileSettings) -> FunctionOptions:
     except ConfigurationError as error:
         raise FunctionError(str(error)) from None
     if memory_bytes is None and not settings.cpu:
-        memory_bytes = round(_weights_bytes(path) * SPARE_RATIO) + SPARE_BYTES
+        memory_bytes = round(_weights_bytes(adapter) * SPARE_RATIO) + SPARE_BYTES
     return FunctionOptions(
-        name=settings.name or function_name(path.stem),
+        name=settings.name or function_name(adapter.path.stem),
         kind=FunctionKind.CPU if settings.cpu else FunctionKind.GPU,
         gpu_memory_bytes=memory_bytes,
         max_batch=min(settings.max_rows, MAX_BATCH) if settings.join else 1,
@@ -242,9 +242,8 @@ def _options(path: Path, settings: FileSettings) -> FunctionOptions:
     )
 
 
-def _weights_bytes(path: Path) -> int:
-    """The file, and, for ONNX, what lies beside it: weights may be in files of their own."""
-    if path.suffix != ".onnx":
-        return path.stat().st_size
-    beside = [each for each in path.parent.iterdir() if each.is_file() and each.suffix in (".onnx", ".data", ".bin")]
-    return sum(each.stat().st_size for each in beside if each == path or each.suffix != ".onnx")
+def _weights_bytes(adapter: Adapter) -> int:
+    """The file, and those beside it that belong to it."""
+    path = adapter.path
+    files = [path, *(path.parent / name for name in adapter.beside())]
+    return sum(each.stat().st_size for each in files if each.is_file())

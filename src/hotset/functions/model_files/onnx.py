@@ -35,6 +35,9 @@ class OnnxFile(Adapter):
     def outputs(self) -> Sequence[TensorMetadata]:
         return self._header.outputs
 
+    def beside(self) -> Sequence[str]:
+        return self._header.external
+
     def load(self, device: str) -> None:
         try:
             import onnxruntime  # type: ignore[import-untyped]

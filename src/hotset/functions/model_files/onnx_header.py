@@ -18,7 +18,8 @@ from hotset.functions.v2_types import TensorMetadata
 _GRAPH = 7
 _INITIALIZER, _INPUT, _OUTPUT = 5, 11, 12
 _VALUE_NAME, _VALUE_TYPE = 1, 2
-_TENSOR_NAME = 8
+_TENSOR_NAME, _TENSOR_EXTERNAL = 8, 13
+_KEY, _VALUE = 1, 2
 _TENSOR_TYPE = 1
 _ELEMENT_TYPE, _SHAPE = 1, 2
 _DIMENSION = 1
@@ -48,6 +49,8 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 class Header(msgspec.Struct, frozen=True):
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
+    external: list[str]
+    """Files beside it that hold weights."""
 
 
 def read_header(path: Path) -> Header:
@@ -68,6 +71,7 @@ def _read_model(model: memoryview) -> Header:
     inputs: list[TensorMetadata] = []
     outputs: list[TensorMetadata] = []
     weights: set[str] = set()
+    external: set[str] = set()
     found = False
     for number, value in _fields(model):
         if number != _GRAPH or not isinstance(value, memoryview):
@@ -82,9 +86,20 @@ def _read_model(model: memoryview) -> Header:
                 outputs.append(_read_value(content))
             elif part == _INITIALIZER:
                 weights.add(_text(content, _TENSOR_NAME))
+                external.update(_locations(content))
     if not found or not outputs:
         raise ValueError("it has no graph with outputs")
-    return Header([each for each in inputs if each.name not in weights], outputs)
+    for name in external:
+        if Path(name).name != name:
+            raise FunctionError(f"its weights are in {name!r}; put them beside the model")
+    return Header([each for each in inputs if each.name not in weights], outputs, sorted(external))
+
+
+def _locations(tensor: memoryview) -> Iterator[str]:
+    """Where a tensor's data is, if it is in another file."""
+    for number, entry in _fields(tensor):
+        if number == _TENSOR_EXTERNAL and isinstance(entry, memoryview) and _text(entry, _KEY) == "location":
+            yield _text(entry, _VALUE)
 
 
 def _read_value(value: memoryview) -> TensorMetadata:

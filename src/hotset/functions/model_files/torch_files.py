@@ -184,6 +184,9 @@ class SafetensorsFile(_TorchFile):
     def inputs(self) -> Sequence[TensorMetadata]:
         return _forward_arguments(self._module)
 
+    def beside(self) -> Sequence[str]:
+        return (self._source.partition(":")[0],)
+
 
 def torch_datatype(dtype: Any) -> str:
     """torch's dtype as a v2 datatype; raises ``FunctionError`` for one that v2 does not have."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from hotset.functions.v2_tensors import BYTES, DTYPES, WireTensor, bytes_tensor, to_binary
 from hotset.gateway.v2.inference import Response
-from hotset.gateway.v2.protocol.messages import message_class
 from hotset.gateway.v2.refusal import Refusal
+from hotset.protocol.messages import message_class
 
 InferResponse = message_class("ModelInferResponse")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from hotset.gateway.app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OPEN_BYTES, A
 from hotset.gateway.control import Control
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.v2.http import V2Http
+from hotset.gateway.v2.repository import DirectoryRepository
 from hotset.gateway.v2.service import V2Service
 
 log = logging.getLogger("hotset.gateway")
@@ -42,7 +44,13 @@ async def v2_front(
     Raises ``ConfigurationError`` when the gRPC port is taken, its packages are not installed, or the model repository
     is no directory.
     """
-    service = V2Service(control, deployments)
+    repository = None
+    if config.model_repository is not None:
+        assert config.data is not None, "a model repository needs a place for what serves it"
+        repository = DirectoryRepository(config.model_repository, config.data / "model-repository", deployments)
+        await repository.look()
+    service = V2Service(control, deployments, repository)
+    watching = None if repository is None else asyncio.create_task(repository.watch())
     grpc_server = None
     if config.grpc_port is not None:
         try:
@@ -56,6 +64,8 @@ async def v2_front(
             log.info("gRPC at %s:%s", config.host, grpc_server.port)
         yield V2Http(service, rest, max_body_bytes=config.max_body_bytes, max_open_bytes=config.max_open_bytes)
     finally:
+        if watching is not None:
+            watching.cancel()
         if grpc_server is not None:
             await grpc_server.stop()
         service.close()

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+
+# The server's children are started by fork and exec at once: gRPC need not prepare for forks, nor complain about them.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc  # type: ignore[import-untyped]
 from google.protobuf import json_format  # type: ignore[import-untyped]
@@ -21,9 +25,9 @@ from hotset.gateway.v2.conversion import (
     request_parts,
     set_parameter,
 )
-from hotset.gateway.v2.protocol.messages import SERVICE, message_class
 from hotset.gateway.v2.refusal import Refusal
 from hotset.gateway.v2.service import NO_CUDA_REGIONS, V2Service
+from hotset.protocol.messages import SERVICE, message_class
 
 ENVELOPE_BYTES = 1 << 20
 """What a message may have beside its tensors."""
