@@ -45,34 +45,6 @@ class ClientFields(msgspec.Struct, frozen=True, kw_only=True):
     """Which way of asking for GPU memory counted."""
 
 
-class ClientFields(msgspec.Struct, frozen=True, kw_only=True):
-    """What a deployment said that hotset keeps as it is, so that its client reads back what it wrote."""
-
-    env_process: str | None = None
-    env_vars: Mapping[str, str] = msgspec.field(default_factory=dict)
-    constraints: tuple[str, ...] = ()
-    secrets: tuple[str, ...] = ()
-    limits: Mapping[str, str] | None = None
-    requests: Mapping[str, str] | None = None
-    read_only_root_filesystem: bool = False
-    gpu_request: str | None = None
-    """Which way of asking for GPU memory counted."""
-
-
-class ClientFields(msgspec.Struct, frozen=True, kw_only=True):
-    """What a deployment said that hotset keeps as it is, so that its client reads back what it wrote."""
-
-    env_process: str | None = None
-    env_vars: Mapping[str, str] = msgspec.field(default_factory=dict)
-    constraints: tuple[str, ...] = ()
-    secrets: tuple[str, ...] = ()
-    limits: Mapping[str, str] | None = None
-    requests: Mapping[str, str] | None = None
-    read_only_root_filesystem: bool = False
-    gpu_request: str | None = None
-    """Which way of asking for GPU memory counted."""
-
-
 class FunctionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The current version of one function: all that is needed to start it again after a restart."""
 
@@ -95,8 +67,6 @@ class FunctionRecord(msgspec.Struct, frozen=True, kw_only=True):
     schema: Mapping[str, Any] = msgspec.field(default_factory=dict)
     """JSON schema of its input and output, from the signature."""
     client: ClientFields = ClientFields()
-    client: ClientFields = ClientFields()
-    client: ClientFields = ClientFields()
     created_at_s: float
     """Unix time at which this version was deployed."""
 
@@ -108,74 +78,6 @@ class FunctionRecord(msgspec.Struct, frozen=True, kw_only=True):
     def model(self) -> str:
         """The version's name everywhere else: ``name@version``."""
         return f"{self.options.name}@{self.version}"
-
-
-class NamedRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of the small records that are found by their name alone."""
-
-    name: str
-
-
-class ImageRecord(NamedRecord, frozen=True, kw_only=True):
-    """A name under which a bundle was pushed: ``repository:tag``."""
-
-    digest: str
-    pushed_at_s: float
-    """Unix time."""
-
-
-class NamespaceRecord(NamedRecord, frozen=True, kw_only=True):
-    """A namespace beside the default one."""
-
-    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
-    annotations: Mapping[str, str] = msgspec.field(default_factory=dict)
-
-
-class ApiKeyRecord(NamedRecord, frozen=True, kw_only=True):
-    """A key that calls of one function may show; a function with keys answers nobody else."""
-
-    function: str
-    digest: str
-    """SHA-256 of the key, hexadecimal: the key itself is shown once and kept nowhere."""
-    created_at_s: float
-    """Unix time."""
-
-
-Named = TypeVar("Named", bound=NamedRecord)
-
-
-class NamedRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of the small records that are found by their name alone."""
-
-    name: str
-
-
-class ImageRecord(NamedRecord, frozen=True, kw_only=True):
-    """A name under which a bundle was pushed: ``repository:tag``."""
-
-    digest: str
-    pushed_at_s: float
-    """Unix time."""
-
-
-class NamespaceRecord(NamedRecord, frozen=True, kw_only=True):
-    """A namespace beside the default one."""
-
-    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
-    annotations: Mapping[str, str] = msgspec.field(default_factory=dict)
-
-
-class ApiKeyRecord(NamedRecord, frozen=True, kw_only=True):
-    """A key that calls of one function may show; a function with keys answers nobody else."""
-
-    function: str
-    digest: str
-    """SHA-256 of the key, hexadecimal: the key itself is shown once and kept nowhere."""
-    created_at_s: float
-    """Unix time."""
-
-
-Named = TypeVar("Named", bound=NamedRecord)
 
 
 class NamedRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -253,38 +155,6 @@ class Datastore(Protocol):
 
     def forget_unused_bundles(self) -> list[str]:
         """Drop the records of bundles no function runs from and no image names; returns the digests that remain."""
-        ...
-
-    def name_image(self, image: ImageRecord, bundle: BundleRecord) -> None:
-        """Record the bundle and give it this name, which may have been another's: both or neither."""
-        ...
-
-    def save_named(self, record: NamedRecord) -> None:
-        """Write it in place of the one of its kind and name."""
-        ...
-
-    def named(self, kind: type[Named]) -> list[Named]:
-        """All of this kind, ordered by name."""
-        ...
-
-    def remove_named(self, kind: type[NamedRecord], name: str) -> bool:
-        """False: there was none of that name."""
-        ...
-
-    def name_image(self, image: ImageRecord, bundle: BundleRecord) -> None:
-        """Record the bundle and give it this name, which may have been another's: both or neither."""
-        ...
-
-    def save_named(self, record: NamedRecord) -> None:
-        """Write it in place of the one of its kind and name."""
-        ...
-
-    def named(self, kind: type[Named]) -> list[Named]:
-        """All of this kind, ordered by name."""
-        ...
-
-    def remove_named(self, kind: type[NamedRecord], name: str) -> bool:
-        """False: there was none of that name."""
         ...
 
     def name_image(self, image: ImageRecord, bundle: BundleRecord) -> None:

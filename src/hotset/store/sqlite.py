@@ -38,16 +38,6 @@ MIGRATIONS = (
         kind TEXT NOT NULL, name TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (kind, name)
     ) WITHOUT ROWID;
     """,
-    """
-    CREATE TABLE named (
-        kind TEXT NOT NULL, name TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (kind, name)
-    ) WITHOUT ROWID;
-    """,
-    """
-    CREATE TABLE named (
-        kind TEXT NOT NULL, name TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (kind, name)
-    ) WITHOUT ROWID;
-    """,
 )
 """Step n brings a file of version n to n + 1. Steps are only ever added."""
 
@@ -114,46 +104,6 @@ class SqliteDatastore:
                 " SELECT json_extract(record, '$.digest') FROM named WHERE kind = 'ImageRecord')"
             )
             return [digest for (digest,) in connection.execute("SELECT digest FROM bundles ORDER BY digest")]
-
-    def name_image(self, image: ImageRecord, bundle: BundleRecord) -> None:
-        with self._transaction() as connection:
-            connection.execute("INSERT OR REPLACE INTO bundles VALUES (?, ?)", (bundle.digest, _encode(bundle)))
-            connection.execute(
-                "INSERT OR REPLACE INTO named VALUES (?, ?, ?)", ("ImageRecord", image.name, _encode(image))
-            )
-
-    def save_named(self, record: NamedRecord) -> None:
-        row = (type(record).__name__, record.name, _encode(record))
-        with self._transaction() as connection:
-            connection.execute("INSERT OR REPLACE INTO named VALUES (?, ?, ?)", row)
-
-    def named(self, kind: type[Named]) -> list[Named]:
-        return self._read("SELECT record FROM named WHERE kind = ? ORDER BY name", kind, (kind.__name__,))
-
-    def remove_named(self, kind: type[NamedRecord], name: str) -> bool:
-        with self._transaction() as connection:
-            removed = connection.execute("DELETE FROM named WHERE kind = ? AND name = ?", (kind.__name__, name))
-            return removed.rowcount > 0
-
-    def name_image(self, image: ImageRecord, bundle: BundleRecord) -> None:
-        with self._transaction() as connection:
-            connection.execute("INSERT OR REPLACE INTO bundles VALUES (?, ?)", (bundle.digest, _encode(bundle)))
-            connection.execute(
-                "INSERT OR REPLACE INTO named VALUES (?, ?, ?)", ("ImageRecord", image.name, _encode(image))
-            )
-
-    def save_named(self, record: NamedRecord) -> None:
-        row = (type(record).__name__, record.name, _encode(record))
-        with self._transaction() as connection:
-            connection.execute("INSERT OR REPLACE INTO named VALUES (?, ?, ?)", row)
-
-    def named(self, kind: type[Named]) -> list[Named]:
-        return self._read("SELECT record FROM named WHERE kind = ? ORDER BY name", kind, (kind.__name__,))
-
-    def remove_named(self, kind: type[NamedRecord], name: str) -> bool:
-        with self._transaction() as connection:
-            removed = connection.execute("DELETE FROM named WHERE kind = ? AND name = ?", (kind.__name__, name))
-            return removed.rowcount > 0
 
     def name_image(self, image: ImageRecord, bundle: BundleRecord) -> None:
         with self._transaction() as connection:
