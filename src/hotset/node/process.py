@@ -258,6 +258,9 @@ class ModelProcess:
         except OSError:
             spawned.socket.close()
             transport.connection_lost(None)
+        if self._closed:
+            # Lost before it was made: uvloop has closed the descriptor, but the socket object does not know.
+            spawned.socket.detach()
 
     def _end_because(self, ending: Ending) -> None:
         """The first reason counts."""
