@@ -21,6 +21,7 @@ from hotset.node.frames import MAX_BODY_BYTES, Failed, Loaded, LoadOrder
 from hotset.node.interface import Call
 from hotset.node.worker import environment
 from hotset.node.worker.channel import ByeError, Channel, ClosedError
+from hotset.node.worker.fast_load import Incomplete, fast_load
 from hotset.node.worker.faults import classify, describe, load_failure
 from hotset.node.worker.memory import children_bytes, cuda_bytes, measure, private_bytes
 from hotset.vocabulary import FailureKind
@@ -89,7 +90,13 @@ class Worker:
             runtime = _runtime(order)
             _limit_cuda(order)
             before_bytes = private_bytes()
-            runtime.load()
+            try:
+                with fast_load():
+                    runtime.load()
+            except Incomplete as reason:
+                sys.stderr.write(f"hotset: load is run as it is, which is slower: {reason}\n")
+                runtime = _runtime(order)
+                runtime.load()
         except Exception as error:  # noqa: BLE001 - whatever a user's load raises is reported, with its traceback in the log
             traceback.print_exc()
             return load_failure(error)
