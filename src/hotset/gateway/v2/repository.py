@@ -37,12 +37,21 @@ ENTRY = f"{ENTRY_MODULE}:Model"
 log = logging.getLogger("hotset.gateway")
 
 
+class _Entry(msgspec.Struct, frozen=True):
+    """How one version is put in service."""
+
+    record: FunctionRecord
+    path: Path
+
+
 class _Served(msgspec.Struct):
     """One model of the repository, as far as it is in service."""
 
-    versions: dict[str, str]
+    versions: dict[str, str] = msgspec.field(default_factory=dict)
     """Version -> function, the default version first."""
-    fingerprints: dict[str, str]
+    entries: dict[str, _Entry] = msgspec.field(default_factory=dict)
+    """By version."""
+    fingerprints: dict[str, str] = msgspec.field(default_factory=dict)
     """Version -> what it was put in service from."""
     problem: str | None = None
     """Why it is not in service as its files are now."""
@@ -58,6 +67,7 @@ class DirectoryRepository:
         self._deployments = deployments
         self._models: dict[str, _Served] = {}
         self._turn = asyncio.Lock()
+        self._describing = asyncio.Semaphore(os.cpu_count() or 1)
 
     async def watch(self) -> None:
         """Look again and again; never returns."""
@@ -76,8 +86,7 @@ class DirectoryRepository:
                 self._take_out(name)
                 del self._models[name]
                 log.info("the model repository no longer has %s", name)
-            for folder in found:
-                await self._update(folder)
+            await asyncio.gather(*map(self._update, found))
 
     # What the protocol asks for (models.ModelRepository)
 
@@ -110,8 +119,9 @@ class DirectoryRepository:
             problem = self._models[name].problem
             if problem is not None:
                 raise Refusal(400, f"model {name!r} cannot be served: {problem}")
-            for function in self._models[name].versions.values():
-                await self._deployments.resume(function)
+            for entry in self._models[name].entries.values():
+                if entry.record.name not in self._deployments.control.functions.current:
+                    self._deployments.serve(entry.record, entry.path)
             return True
 
     def unload(self, name: str) -> bool:
@@ -130,7 +140,7 @@ class DirectoryRepository:
 
     async def _update(self, folder: ModelFolder) -> None:
         name = folder.name
-        served = self._models.setdefault(name, _Served(versions={}, fingerprints={}))
+        served = self._models.setdefault(name, _Served())
         if served.unloaded:
             return
         fingerprints = {each.version: each.fingerprint for each in folder.versions}
@@ -143,40 +153,39 @@ class DirectoryRepository:
             self._complain(name, served, "a function of this name is deployed: remove it, or rename the model")
             return
         try:
-            records = {each.version: await self._describe(name, each) for each in folder.versions}
+            described = {each.version: await self._describe(name, each) for each in folder.versions}
         except HotsetError as error:
             self._complain(name, served, str(error))
             return
-        self._put_in(name, served, records, fingerprints)
+        self._put_in(name, served, described, fingerprints)
 
     def _complain(self, name: str, served: _Served, problem: str) -> None:
         if served.problem != problem:
             log.warning("model %s of the repository cannot be served: %s", name, problem)
         served.problem = problem
 
-    def _put_in(
-        self, name: str, served: _Served, records: dict[str, tuple[FunctionRecord, Path]], fingerprints: dict[str, str]
-    ) -> None:
+    def _put_in(self, name: str, served: _Served, described: dict[str, _Entry], fingerprints: dict[str, str]) -> None:
         """The first version takes the model's name, the others are called NAME:VERSION."""
-        versions = {}
-        for position, (version, (record, path)) in enumerate(records.items()):
-            function = name if position == 0 else f"{name}:{version}"
-            versions[version] = function
-            options = msgspec.structs.replace(record.options, name=function)
-            record = msgspec.structs.replace(record, options=options)
+        versions: dict[str, str] = {}
+        entries: dict[str, _Entry] = {}
+        for version, entry in described.items():
+            function = f"{name}:{version}" if versions else name
+            options = msgspec.structs.replace(entry.record.options, name=function)
+            record = msgspec.structs.replace(entry.record, options=options)
+            versions[version], entries[version] = function, _Entry(record, entry.path)
             current = self._deployments.records.get(function)
             if current is None or current.version != record.version:
-                self._deployments.serve(record, path)
+                self._deployments.serve(record, entry.path)
         for function in set(served.versions.values()) - set(versions.values()):
             self._deployments.withdraw(function)
-        self._models[name] = _Served(versions=versions, fingerprints=fingerprints)
+        self._models[name] = _Served(versions=versions, entries=entries, fingerprints=fingerprints)
         log.info("model %s of the repository serves version %s", name, ", ".join(versions))
 
     def _take_out(self, name: str) -> None:
         for function in self._models[name].versions.values():
             self._deployments.withdraw(function)
 
-    async def _describe(self, name: str, version: ModelVersion) -> tuple[FunctionRecord, Path]:
+    async def _describe(self, name: str, version: ModelVersion) -> _Entry:
         """What serves one version; raises ``HotsetError`` with what is wrong with the file."""
         folder = self._data / f"{name}-{version.version}-{version.fingerprint[:VERSION_DIGITS]}"
         await asyncio.to_thread(_write_entry, folder, version)
@@ -185,20 +194,21 @@ class DirectoryRepository:
             options, schema = await asyncio.to_thread(_describe_here, version.file, version.settings)
         else:
             env = child_environment({})
-            described = await describe(sys.executable, folder, ENTRY, env, lambda line: log.info("%s: %s", name, line))
+            async with self._describing:
+                described = await describe(
+                    sys.executable, folder, ENTRY, env, lambda line: log.info("%s: %s", name, line)
+                )
             options, schema = described.options, described.schema
-        return (
-            FunctionRecord(
-                options=options,
-                entry=ENTRY,
-                bundle="",
-                version=version.fingerprint[:VERSION_DIGITS],
-                annotations={"model-repository": str(version.file)},
-                schema=schema,
-                created_at_s=time.time(),
-            ),
-            folder,
+        record = FunctionRecord(
+            options=options,
+            entry=ENTRY,
+            bundle="",
+            version=version.fingerprint[:VERSION_DIGITS],
+            annotations={"model-repository": str(version.file)},
+            schema=schema,
+            created_at_s=time.time(),
         )
+        return _Entry(record, folder)
 
 
 def _write_entry(folder: Path, version: ModelVersion) -> None:
