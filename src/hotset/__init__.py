@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hotset import testing as testing
+    from hotset.client import AsyncClient as AsyncClient
+    from hotset.client import Client as Client
     from hotset.errors import FunctionError as FunctionError
     from hotset.errors import HotsetError as HotsetError
     from hotset.errors import InputError as InputError
@@ -17,6 +19,8 @@ __version__ = "0.1.0"
 
 # Looked up on first use: `import hotset` must stay cheap for the command line and for every GPU process.
 _HOMES = {
+    "AsyncClient": "hotset.client",
+    "Client": "hotset.client",
     "FunctionError": "hotset.errors",
     "HotsetError": "hotset.errors",
     "InputError": "hotset.errors",
