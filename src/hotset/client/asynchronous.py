@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -133,7 +133,7 @@ class AsyncClient:
                 request.method,
                 request.path,
                 headers=request.headers,
-                content=_pieces(request) if request.body else None,
+                content=request.body,
             )
         except httpx.TimeoutException:
             raise InferenceError(0, f"{self._http.base_url} did not answer in time: see the server's log") from None
@@ -141,8 +141,3 @@ class AsyncClient:
             raise InferenceError(
                 0, f"no answer from {self._http.base_url} ({error}): start a server with `hotset serve`"
             ) from None
-
-
-async def _pieces(request: Request) -> AsyncIterator[bytes | memoryview]:
-    for piece in request.body:
-        yield piece

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -86,12 +86,8 @@ class Request(msgspec.Struct, frozen=True):
 
     method: str
     path: str
-    headers: dict[str, str] = {}
-    body: tuple[bytes | memoryview, ...] = ()
-    """In parts, so that tensors are sent from where they are."""
-
-    def pieces(self) -> Iterator[bytes | memoryview]:
-        yield from self.body
+    headers: dict[str, str] = msgspec.field(default_factory=dict)
+    body: bytes | None = None
 
 
 def infer_request(
@@ -130,17 +126,16 @@ def infer_request(
     headers = {
         "Content-Type": "application/octet-stream",
         HEADER_LENGTH: str(len(header)),
-        "Content-Length": str(len(header) + sum(map(len, raw))),
     }
     if timeout_s is not None:
         headers["X-Hotset-Timeout"] = f"{timeout_s:g}"
-    return Request("POST", f"{_model_path(model, version)}/infer", headers, (header, *raw))
+    return Request("POST", f"{_model_path(model, version)}/infer", headers, b"".join((header, *raw)))
 
 
 def json_request(method: str, path: str, body: Any = None) -> Request:
-    content = () if body is None else (_encode(body),)
-    headers = {"Content-Type": "application/json", "Content-Length": str(sum(map(len, content)))}
-    return Request(method, path, headers if content else {}, content)
+    if body is None:
+        return Request(method, path)
+    return Request(method, path, {"Content-Type": "application/json"}, _encode(body))
 
 
 def metadata_request(model: str, version: str) -> Request:

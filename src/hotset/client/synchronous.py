@@ -131,7 +131,7 @@ class Client:
                 request.method,
                 request.path,
                 headers=request.headers,
-                content=request.pieces() if request.body else None,
+                content=request.body,
             )
         except httpx.TimeoutException:
             raise InferenceError(0, f"{self._http.base_url} did not answer in time: see the server's log") from None

@@ -11,6 +11,7 @@ import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from hotset.functions.runtime import V2_PREFIX
 from hotset.gateway.calls import CallRecord, Chunks, PendingCall, Receive, Result, StreamBroken
 from hotset.gateway.control import Control
 from hotset.gateway.statuses import error_body
@@ -110,11 +111,14 @@ class Gateway:
         else:
             self._check_room(len(body))
         timeout = headers.get(b"x-hotset-timeout")
+        content_type = headers.get(b"content-type", b"").decode("latin-1")
+        if content_type.startswith(V2_PREFIX):
+            raise BodyError(415, "inference requests of the v2 protocol go to /v2/models/NAME/infer")
         try:
             return control.submit(
                 function,
                 body,
-                headers.get(b"content-type", b"").decode("latin-1"),
+                content_type,
                 headers.get(b"accept", b"*/*").decode("latin-1"),
                 timeout_s=None if timeout is None else _seconds(timeout),
                 receive=receive,
