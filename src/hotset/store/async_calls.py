@@ -20,10 +20,11 @@ FILE_NAME = "async.db"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
-    number INTEGER PRIMARY KEY, call_id TEXT NOT NULL UNIQUE, function TEXT NOT NULL, state TEXT NOT NULL,
+    number INTEGER PRIMARY KEY, call_id TEXT NOT NULL, function TEXT NOT NULL, state TEXT NOT NULL,
     attempts INTEGER NOT NULL, status INTEGER NOT NULL, reason TEXT NOT NULL, accepted_at_s REAL NOT NULL,
     request TEXT NOT NULL, body BLOB NOT NULL
 );
+CREATE INDEX IF NOT EXISTS calls_by_id ON calls (call_id);
 CREATE INDEX IF NOT EXISTS calls_by_state ON calls (state, number);
 """
 
@@ -73,9 +74,10 @@ class AsyncCalls:
         except (sqlite3.Error, OSError) as error:
             raise StoreError(f"{self._path} cannot be opened ({error}); restore or remove it") from error
 
-    def add(self, calls: Sequence[tuple[AsyncCall, AsyncRequest, bytes]]) -> list[int]:
-        """Write all in one transaction; returns their numbers."""
+    def write(self, added: Sequence[tuple[AsyncCall, AsyncRequest, bytes]], ended: Sequence[int] = ()) -> list[int]:
+        """Add some and forget those that ended, in one transaction; returns the numbers of the new ones."""
         with self._transaction() as connection:
+            connection.executemany("DELETE FROM calls WHERE number = ?", [(number,) for number in ended])
             return [
                 connection.execute(
                     "INSERT INTO calls (call_id, function, state, attempts, status, reason, accepted_at_s,"
@@ -85,7 +87,7 @@ class AsyncCalls:
                         *(call.accepted_at_s, msgspec.json.encode(request).decode(), body),
                     ),
                 ).fetchone()[0]
-                for call, request, body in calls
+                for call, request, body in added
             ]
 
     def queued(self) -> list[AsyncCall]:
@@ -99,7 +101,7 @@ class AsyncCalls:
         return self._list("WHERE state = ? ORDER BY number DESC LIMIT ?", (state, most))
 
     def find(self, call_id: str) -> AsyncCall | None:
-        found = self._list("WHERE call_id = ?", (call_id,))
+        found = self._list("WHERE call_id = ? ORDER BY number DESC LIMIT 1", (call_id,))
         return found[0] if found else None
 
     def request(self, number: int) -> tuple[AsyncRequest, bytes] | None:
@@ -115,11 +117,6 @@ class AsyncCalls:
                 "UPDATE calls SET state = ?, attempts = ?, status = ?, reason = ? WHERE number = ?",
                 (state, attempts, status, reason, number),
             )
-
-    def remove(self, numbers: Sequence[int]) -> None:
-        """They ended."""
-        with self._transaction() as connection:
-            connection.executemany("DELETE FROM calls WHERE number = ?", [(number,) for number in numbers])
 
     def close(self) -> None:
         with self._lock:

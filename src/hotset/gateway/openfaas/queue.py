@@ -1,0 +1,330 @@
+"""Asynchronous calls: accepted once they are on the disk, made when nothing interactive waits, tried until they end.
+
+A call that the server accepted ends in one of three ways: its function answered (and its callback was delivered), it
+was given up and is a dead letter, or somebody removed it. A server that is killed takes up every other one where it
+starts again, so a function may see a call twice: with the same ``X-Call-Id``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from hotset.errors import StoreError
+from hotset.functions.codecs import JSON
+from hotset.gateway.calls import Result, StreamBroken
+from hotset.gateway.control import Control
+from hotset.gateway.openfaas.callbacks import Callbacks
+from hotset.gateway.openfaas.invocation import Headers, Invocation, envelope, is_process, opened
+from hotset.gateway.openfaas.labels import Retrying, read_retrying
+from hotset.gateway.openfaas.naming import key_of
+from hotset.gateway.statuses import error_body
+from hotset.store.async_calls import DEAD, QUEUED, AsyncCall, AsyncCalls, AsyncRequest
+from hotset.store.datastore import FunctionRecord
+
+LOOK_S = 0.01
+"""How often a call that waits for room looks whether interactive calls left some."""
+MOST_OPEN = 1_000
+"""Calls that run or wait for their callback to be taken."""
+MOST_ANSWER_BYTES = 64 << 20
+CALLBACK_ATTEMPTS = 6
+CALLBACK_WAIT_S = 0.5
+"""Before the second attempt; doubled each time."""
+CALLER = "async"
+
+log = logging.getLogger("hotset.gateway")
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """What a function said, or what is said in its place."""
+
+    status: int
+    headers: Headers
+    body: bytes
+    took_s: float
+    retry_after_s: float | None = None
+    reached: bool = True
+
+
+class AsyncQueue:
+    """Takes calls and makes them. ``records``: what is deployed, by key."""
+
+    def __init__(
+        self,
+        control: Control,
+        store: AsyncCalls,
+        callbacks: Callbacks,
+        records: dict[str, FunctionRecord],
+        *,
+        most_queued: int = 100_000,
+        unix_time: Callable[[], float] = time.time,
+    ) -> None:
+        self.store = store
+        self._control = control
+        self._callbacks = callbacks
+        self._records = records
+        self._most_queued = most_queued
+        self._unix_time = unix_time
+        self._lanes: dict[bool, deque[AsyncCall]] = {True: deque(), False: deque()}
+        """Ready to be made: those that need a GPU, and those that do not."""
+        self._later: list[tuple[float, int, AsyncCall]] = []
+        """To be tried again: when, number, call."""
+        self._running: set[asyncio.Task[None]] = set()
+        self._added: list[tuple[AsyncCall, AsyncRequest, bytes, asyncio.Future[int]]] = []
+        self._ended: list[int] = []
+        self._known: set[int] = set()
+        self._on_gpus = 0
+        """Asynchronous calls that are on a GPU, or on their way there."""
+        self._news = asyncio.Event()
+        self._to_write = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # Life
+
+    async def start(self) -> None:
+        """Take up what an earlier server left, and begin."""
+        for call in await asyncio.to_thread(self.store.queued):
+            self._ready(call)
+        self._tasks = [asyncio.create_task(self._dispatch()), asyncio.create_task(self._write())]
+
+    async def stop(self) -> None:
+        """Stop; what has not ended stays on the disk."""
+        tasks = [*self._tasks, *self._running]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        if self._ended:
+            await asyncio.to_thread(self.store.write, (), self._ended)
+        await self._callbacks.close()
+        await asyncio.to_thread(self.store.close)
+
+    # What clients do
+
+    @property
+    def full(self) -> bool:
+        return len(self._known) + len(self._added) >= self._most_queued
+
+    @property
+    def length(self) -> int:
+        """Calls that have not ended, dead letters apart."""
+        return len(self._known)
+
+    async def accept(self, call_id: str, function: str, request: AsyncRequest, body: bytes) -> None:
+        """Returns when the call is on the disk; raises ``StoreError`` when it cannot be written."""
+        call = AsyncCall(call_id=call_id, function=function, accepted_at_s=self._unix_time())
+        written: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._added.append((call, request, body, written))
+        self._to_write.set()
+        await asyncio.shield(written)
+
+    async def retry(self, call_id: str) -> bool:
+        """Try a dead letter again, from the beginning; False: there is none of that id."""
+        call = await asyncio.to_thread(self.store.find, call_id)
+        if call is None or call.state != DEAD:
+            return False
+        await asyncio.to_thread(self.store.note, call.number, state=QUEUED, attempts=0, status=0, reason="")
+        self._ready(msgspec.structs.replace(call, state=QUEUED, attempts=0, status=0, reason=""))
+        return True
+
+    async def remove(self, call_id: str) -> bool:
+        """Forget a call that does not run; False: there is none of that id."""
+        call = await asyncio.to_thread(self.store.find, call_id)
+        if call is None:
+            return False
+        self._known.discard(call.number)
+        await asyncio.to_thread(self.store.write, (), [call.number])
+        return True
+
+    # Writing: all that came while the last write was under way leaves with the next one
+
+    async def _write(self) -> None:
+        while True:
+            await self._to_write.wait()
+            self._to_write.clear()
+            added, self._added = self._added, []
+            ended, self._ended = self._ended, []
+            try:
+                rows = [(call, request, body) for call, request, body, _ in added]
+                numbers = await asyncio.to_thread(self.store.write, rows, ended)
+            except StoreError as error:
+                log.error("asynchronous calls were refused: %s", error)
+                self._ended += ended
+                for *_, written in added:
+                    written.set_exception(error)
+                continue
+            for (call, _, _, written), number in zip(added, numbers, strict=True):
+                written.set_result(number)
+                self._ready(msgspec.structs.replace(call, number=number))
+
+    # Dispatching
+
+    def _ready(self, call: AsyncCall) -> None:
+        self._known.add(call.number)
+        self._lanes[self._on_gpu(call)].append(call)
+        self._news.set()
+
+    def _on_gpu(self, call: AsyncCall) -> bool:
+        version = self._control.functions.current.get(key_of(call.function))
+        return version is not None and version.spec.scheduled is not None
+
+    async def _dispatch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self._news.clear()
+            while self._later and self._later[0][0] <= loop.time():
+                self._ready(heapq.heappop(self._later)[2])
+            for on_gpu, lane in self._lanes.items():
+                while lane and len(self._running) < MOST_OPEN and self._room(lane[0], on_gpu):
+                    call = lane.popleft()
+                    if call.number in self._known:
+                        task = asyncio.create_task(self._make(call))
+                        self._running.add(task)
+                        task.add_done_callback(self._over)
+                        await asyncio.sleep(0)  # let it hand in its call, which the next look at the room counts
+            waits_s = LOOK_S if any(self._lanes.values()) else None
+            if self._later:
+                until_s = max(0.0, self._later[0][0] - loop.time())
+                waits_s = until_s if waits_s is None else min(waits_s, until_s)
+            try:
+                await asyncio.wait_for(self._news.wait(), waits_s)
+            except TimeoutError:
+                continue
+
+    def _room(self, call: AsyncCall, on_gpu: bool) -> bool:
+        """Whether the call would run at once: interactive calls never wait behind calls that nobody waits for."""
+        control = self._control
+        if not control.accepting:
+            return False
+        if not on_gpu:
+            return control.open_cpu_calls < max(1, os.cpu_count() or 1)
+        gpus = len(control.scheduler.cluster.gpus)
+        open_calls = control.open_gpu_calls
+        if open_calls > self._on_gpus:  # some of them are interactive
+            return open_calls < gpus
+        version = control.functions.current.get(key_of(call.function))
+        scheduled = None if version is None else version.spec.scheduled
+        return open_calls < gpus * (1 if scheduled is None else scheduled.max_batch)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._news.set()
+        if not task.cancelled() and task.exception() is not None:
+            log.error("an asynchronous call failed in a way nobody thought of", exc_info=task.exception())
+
+    # One call
+
+    async def _make(self, call: AsyncCall) -> None:
+        stored = await asyncio.to_thread(self.store.request, call.number)
+        if stored is None:
+            self._known.discard(call.number)
+            return
+        request, body = stored
+        retrying = self._retrying(call)
+        answer = await self._attempt(call, request, body)
+        if answer is None:
+            return
+        attempts = call.attempts + 1
+        if answer.status in retrying.codes and attempts < retrying.attempts:
+            wait_s = max(answer.retry_after_s or 0.0, retrying.wait_s(attempts))
+            reason = f"answered {answer.status}; tried again after {wait_s:g} s"
+            await self._note(call, QUEUED, attempts, answer.status, reason)
+            later = msgspec.structs.replace(call, attempts=attempts, status=answer.status, reason=reason)
+            due_s = asyncio.get_running_loop().time() + wait_s
+            heapq.heappush(self._later, (due_s, call.number, later))
+            self._news.set()
+            return
+        undelivered = None
+        if request.callback_url is not None:
+            undelivered = await self._call_back(request.callback_url, call, answer)
+        if undelivered is not None or answer.status in retrying.codes or not answer.reached:
+            reason = undelivered or f"answered {answer.status} after {attempts} attempts: {_text(answer.body)}"
+            self._known.discard(call.number)
+            await self._note(call, DEAD, attempts, answer.status, reason)
+        else:
+            self._known.discard(call.number)
+            self._ended.append(call.number)
+            self._to_write.set()
+
+    async def _note(self, call: AsyncCall, state: str, attempts: int, status: int, reason: str) -> None:
+        await asyncio.to_thread(
+            self.store.note, call.number, state=state, attempts=attempts, status=status, reason=reason
+        )
+
+    def _retrying(self, call: AsyncCall) -> Retrying:
+        record = self._records.get(key_of(call.function))
+        return Retrying() if record is None else read_retrying(record.labels, record.annotations)
+
+    async def _attempt(self, call: AsyncCall, request: AsyncRequest, body: bytes) -> _Answer | None:
+        """Make the call; None: the server is stopping, and the call stays as it is."""
+        key = key_of(call.function)
+        version = self._control.functions.current.get(key)
+        if version is None:
+            if key in self._records:  # being restored, or suspended: not now
+                return _Answer(503, [("content-type", JSON)], error_body(f"{key} is not ready"), 0.0, reached=False)
+            refusal = error_body(f"there is no function {call.function!r}: deploy it")
+            return _Answer(404, [("content-type", JSON)], refusal, 0.0, reached=False)
+        invocation = Invocation(
+            method="POST", path=request.path, query=request.query, headers=request.headers, body=body
+        )
+        content_type, accept = invocation.header("content-type"), invocation.header("accept", "*/*")
+        sent = envelope(invocation, {"x-call-id": call.call_id}) if is_process(version) else body
+        on_gpu = version.spec.scheduled is not None
+        self._on_gpus += on_gpu
+        try:
+            result = await self._control.call(key, sent, content_type, accept, caller=CALLER)
+            if not self._control.accepting and result.record.status == 503:
+                return None
+            return await self._answer(result, is_process(version))
+        finally:
+            self._on_gpus -= on_gpu
+
+    async def _answer(self, result: Result, process: bool) -> _Answer:
+        status, body = result.record.status, bytes(result.body)
+        if result.chunks is not None:
+            pieces, size = [], 0
+            try:
+                async for chunk in result.chunks:
+                    size += len(chunk)
+                    if size <= MOST_ANSWER_BYTES:
+                        pieces.append(bytes(chunk))
+                body = b"".join(pieces)
+            except StreamBroken as broken:
+                status, body, process = 502, error_body(str(broken)), False
+        headers = [("content-type", result.content_type)]
+        if process and not result.internal:
+            headers, rest = opened(body)
+            body = bytes(rest)
+        took_s = result.record.duration_s
+        return _Answer(status, headers, body, took_s, result.retry_after_s, reached=not result.internal)
+
+    async def _call_back(self, url: str, call: AsyncCall, answer: _Answer) -> str | None:
+        """Send the answer until it is taken; returns why it was not."""
+        headers = [
+            *answer.headers,
+            ("x-call-id", call.call_id),
+            ("x-duration-seconds", f"{answer.took_s:f}"),
+            ("x-function-name", call.function),
+            ("x-function-status", str(answer.status)),
+            ("x-start-time", str(int(call.accepted_at_s * 1e9))),
+        ]
+        wait_s = CALLBACK_WAIT_S
+        for attempt in range(1, CALLBACK_ATTEMPTS + 1):
+            problem = await self._callbacks.send(url, headers, answer.body)
+            if problem is None:
+                return None
+            if attempt < CALLBACK_ATTEMPTS:
+                await asyncio.sleep(wait_s)
+                wait_s *= 2
+        return problem
+
+
+def _text(body: bytes) -> str:
+    return body[:200].decode("utf-8", "replace")
