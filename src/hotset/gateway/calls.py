@@ -47,6 +47,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     content_type: str = "application/json"
     body: bytes | memoryview = b""
     retry_after_s: float | None = None
+    internal: bool = False
+    """The answer is hotset's own: the function did not give one."""
     chunks: Chunks | None = None
 
 

@@ -43,7 +43,7 @@ from hotset.scheduling.events import (
     TimeAdvanced,
 )
 from hotset.scheduling.scheduler import Scheduler
-from hotset.vocabulary import FailureKind, RejectReason, Request
+from hotset.vocabulary import FailureKind, Profile, RejectReason, Request
 
 LOOK_AFTER_S = 0.1
 """How often calls that take long are looked at: has the client left, has the time it gave run out."""
@@ -147,6 +147,16 @@ class Control:
         if self.cpu is not None:
             await self.cpu.stop()
 
+    @property
+    def open_cpu_calls(self) -> int:
+        """Calls of plain functions that wait or run."""
+        return self._cpu_calls
+
+    @property
+    def open_gpu_calls(self) -> int:
+        """Calls that wait for a GPU or run on one."""
+        return len(self.calls) - self._cpu_calls
+
     # Functions
 
     def deploy(self, spec: VersionSpec) -> None:
@@ -167,6 +177,27 @@ class Control:
             return False
         self._remove_if_done(version)
         log.info("removed %s", version.model)
+        return True
+
+    def evict(self, function: str) -> bool:
+        """Take an idle function's model out of GPU memory; what was learned of it stays. The next call loads it again.
+
+        False: it has open calls, needs no GPU, or there is none of that name.
+        """
+        version = self.functions.current.get(function)
+        if version is None or version.calls or version.spec.scheduled is None:
+            return False
+        scheduled = self.scheduler.cluster.models.get(version.model, version.spec.scheduled)
+        kinds = [gpu.kind for gpu in self.scheduler.cluster.gpus.values()]
+        profiles = self.scheduler.profiles
+        if kinds and any(known.loads for known in version.learned.values()):
+            learned = Profile(
+                load_s=profiles.load_s(version.model, kinds[0]),
+                inference_s=profiles.inference_s(version.model, kinds[0]),
+            )
+            scheduled = msgspec.structs.replace(scheduled, profile=learned)
+        self._handle(ModelRemoved(version.model))
+        self._handle(ModelAdded(scheduled))
         return True
 
     def _remove_if_done(self, version: Version) -> None:
@@ -297,6 +328,7 @@ class Control:
                 record=pending.record(status, self._now()),
                 body=error_body(message, reason=reason.value, function=pending.version.function, call_id=call_id),
                 retry_after_s=WAIT_BEFORE_RETRY_S.get(reason) if retry_after_s is None else retry_after_s,
+                internal=True,
             ),
             error=message,
         )

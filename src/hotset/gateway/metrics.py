@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -23,12 +23,22 @@ BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 
 """Upper bounds of the latency histogram: from a small model that is hot to a big one that must be loaded first."""
 
 
+class StatusMetrics:
+    """Calls of one function that ended with one HTTP status."""
+
+    __slots__ = ("buckets", "count", "duration_s")
+
+    def __init__(self) -> None:
+        self.buckets = [0] * (len(BUCKETS_S) + 1)
+        self.count = 0
+        self.duration_s = 0.0
+
+
 class FunctionMetrics:
     """Counters of one function, over all its versions."""
 
     __slots__ = (
-        "buckets",
-        "duration_s",
+        "by_status",
         "evictions",
         "false_misses",
         "function",
@@ -37,15 +47,14 @@ class FunctionMetrics:
         "load_s",
         "misses",
         "queue_s",
-        "requests",
+        "total",
     )
 
     def __init__(self, function: str) -> None:
         self.function = function
-        self.requests: dict[int, int] = {}
-        """HTTP status -> calls that ended with it."""
-        self.buckets = [0] * (len(BUCKETS_S) + 1)
-        self.duration_s = 0.0
+        self.by_status: dict[int, StatusMetrics] = {}
+        self.total = 0
+        """Calls that ended, whatever their status."""
         self.queue_s = 0.0
         self.load_s = 0.0
         self.inference_s = 0.0
@@ -56,18 +65,38 @@ class FunctionMetrics:
 
     def observe(self, record: CallRecord) -> None:
         """Count a call that ended."""
-        status = record.status
-        self.requests[status] = self.requests.get(status, 0) + 1
-        self.buckets[bisect_left(BUCKETS_S, record.duration_s)] += 1
-        self.duration_s += record.duration_s
+        of_status = self.by_status.get(record.status)
+        if of_status is None:
+            of_status = self.by_status[record.status] = StatusMetrics()
+        of_status.count += 1
+        of_status.buckets[bisect_left(BUCKETS_S, record.duration_s)] += 1
+        of_status.duration_s += record.duration_s
+        self.total += 1
         self.queue_s += record.queue_s
         self.load_s += record.load_s
         self.inference_s += record.inference_s
 
     @property
-    def total(self) -> int:
-        """Calls that ended, whatever their status."""
-        return sum(self.requests.values())
+    def requests(self) -> dict[int, int]:
+        """HTTP status -> calls that ended with it."""
+        return {status: of_status.count for status, of_status in self.by_status.items()}
+
+    @property
+    def good(self) -> int:
+        """Calls that ended with 200."""
+        good = self.by_status.get(200)
+        return 0 if good is None else good.count
+
+    @property
+    def duration_s(self) -> float:
+        """Of all calls together."""
+        return sum(of_status.duration_s for of_status in self.by_status.values())
+
+    @property
+    def buckets(self) -> list[int]:
+        """Calls by duration, as ``BUCKETS_S`` divides it."""
+        empty = [0] * (len(BUCKETS_S) + 1)
+        return [sum(counts) for counts in zip(empty, *(each.buckets for each in self.by_status.values()), strict=True)]
 
 
 class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,7 +140,7 @@ class HotsetCollector:
         for each in functions:
             for status, count in each.requests.items():
                 requests.add_metric([each.function, str(status)], count)
-            seconds.add_metric([each.function], _cumulative(each.buckets), each.duration_s)
+            seconds.add_metric([each.function], cumulative(BUCKETS_S, each.buckets), each.duration_s)
         yield requests
         yield seconds
         for attribute, name, text in _COUNTERS:
@@ -133,20 +162,27 @@ class HotsetCollector:
         yield from (capacity, used, busy)
 
 
-def _cumulative(buckets: Sequence[int]) -> list[tuple[str, float]]:
+def cumulative(bounds: Sequence[float], buckets: Sequence[int]) -> list[tuple[str, float]]:
     """Prometheus wants each bucket to hold all smaller ones, the last being ``+Inf``."""
     total = 0
     out: list[tuple[str, float]] = []
-    for bound, count in zip([*map(str, BUCKETS_S), "+Inf"], buckets, strict=True):
+    for bound, count in zip([*map(str, bounds), "+Inf"], buckets, strict=True):
         total += count
         out.append((bound, total))
     return out
 
 
-def exposition(collector: HotsetCollector) -> tuple[bytes, str]:
+class Collector(Protocol):
+    """Yields metric families at scrape time."""
+
+    def collect(self) -> Iterator[Metric]: ...
+
+
+def exposition(*collectors: Collector) -> tuple[bytes, str]:
     """The body and content type of ``GET /metrics``."""
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(collector)
+    for collector in collectors:
+        registry.register(collector)
     return generate_latest(registry), CONTENT_TYPE_LATEST

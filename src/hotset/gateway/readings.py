@@ -29,6 +29,14 @@ def waiting(control: Control) -> dict[str, int]:
     return counts
 
 
+def waiting_of(control: Control, function: str) -> int:
+    """The same of one function; free while it has no open call."""
+    version = control.functions.current.get(function)
+    if version is None or not version.calls:
+        return 0
+    return sum(each.run_s is None and each.version.function == function for each in control.calls.values())
+
+
 def gpu_metrics(control: Control) -> list[GpuMetrics]:
     """Memory as the scheduler accounts for it, and how busy each GPU is."""
     busy: dict[str, float] = {}
