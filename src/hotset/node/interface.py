@@ -85,6 +85,12 @@ class NodeListener(Protocol):
         """``memory_bytes``: what the load would have taken, where an OUT_OF_MEMORY could be measured."""
         ...
 
+    def offloaded(self, gpu_id: str, model: str, offload_s: float, device_bytes: int, host_bytes: int) -> None:
+        """``device_bytes``: what its process still holds of the GPU; ``host_bytes``: what is parked."""
+        ...
+
+    def restored(self, gpu_id: str, model: str, restore_s: float, memory_bytes: int | None) -> None: ...
+
     def answered(self, answer: Answer) -> None: ...
 
     def run_finished(self, gpu_id: str, model: str, inference_s: float) -> None: ...
@@ -124,6 +130,14 @@ class Node(Protocol):
 
     def unload(self, gpu_id: str, model: str) -> None:
         """End the model's process; what is asked of this GPU later waits until its memory is free."""
+        ...
+
+    def offload(self, gpu_id: str, model: str) -> None:
+        """Park the model in host memory; answered by ``offloaded``, or by ``process_lost`` if that fails."""
+        ...
+
+    def restore(self, gpu_id: str, model: str) -> None:
+        """Bring a parked model back; answered by ``restored``, or by ``load_failed`` if that fails."""
         ...
 
     def run(self, gpu_id: str, model: str, calls: Sequence[Call]) -> None:

@@ -29,6 +29,23 @@ class Load(Action, frozen=True):
     """Another GPU held the model at that moment (paper, evaluation)."""
 
 
+class Offload(Action, frozen=True):
+    """HOT -> WARM: park the model's weights in host memory, its process stays; answered by ``ModelOffloaded``, or by
+    ``ProcessLost`` if that fails."""
+
+    gpu_id: str
+    model: str
+
+
+class Restore(Action, frozen=True):
+    """WARM -> HOT on the GPU where it is parked; answered by ``ModelRestored`` or ``LoadFailed``."""
+
+    gpu_id: str
+    model: str
+    request_id: int
+    """The request that caused it (a miss, but a cheap one)."""
+
+
 class Run(Action, frozen=True):
     """Run the model for these requests in one go; answered by ``RunFinished`` or ``RunFailed``.
 

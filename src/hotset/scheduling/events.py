@@ -57,6 +57,26 @@ class ModelLoaded(Event, frozen=True):
     memory_bytes: int | None = None
 
 
+class ModelOffloaded(Event, frozen=True):
+    """An ``Offload`` is done: the model is WARM. ``device_bytes``: GPU memory that its process still holds (a context);
+    ``host_bytes``: what its parked weights take of the node's host memory."""
+
+    gpu_id: str
+    model: str
+    offload_s: float
+    device_bytes: int
+    host_bytes: int
+
+
+class ModelRestored(Event, frozen=True):
+    """A ``Restore`` is done: the model is HOT again. One that failed is a ``LoadFailed``, its process gone."""
+
+    gpu_id: str
+    model: str
+    restore_s: float
+    memory_bytes: int | None = None
+
+
 class LoadFailed(Event, frozen=True):
     """A ``Load`` came to nothing; the GPU's memory is as before it. ``memory_bytes``: what it would have taken."""
 
