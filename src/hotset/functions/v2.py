@@ -389,6 +389,8 @@ def _read_json(parameter: Parameter, tensor: WireTensor) -> Any:
             return codec.from_raw(element, media)
         return msgspec.json.decode(element, type=parameter.annotation, dec_hook=decode_hook)
     except UNREADABLE as error:
+        if not isinstance(error, msgspec.ValidationError):
+            raise InputError(parameter.name, f"not valid JSON: {error}") from None
         raise input_error(error, parameter.name, parameter.name, (JSON,), element) from None
     except ValueError as error:
         raise InputError(parameter.name, str(error)) from None

@@ -159,17 +159,16 @@ class Models:
         found = self._repository is not None and await self._repository.load(name)
         if not found and not await self._deployments.resume(name):
             raise unknown(name)
-        if warm:
-            for function in self._versions(name).values():
-                await self.warm(function)
+        for function in self._versions(name).values():
+            if function not in self._control.functions.current:
+                reason = self._deployments.unavailable.get(function, "it is being restored: try again")
+                raise Refusal(503, f"{function} cannot be loaded: {reason}")
+            if warm:
+                await self._warm(function)
 
-    async def warm(self, function: str) -> None:
+    async def _warm(self, function: str) -> None:
         """Load a function's model, wherever the scheduler wants it; raises ``Refusal`` when it does not load."""
-        try:
-            result = await self._control.call(function, b"", WARM)
-        except KeyError:
-            reason = self._deployments.unavailable.get(function, "it is not in service yet: try again")
-            raise Refusal(503, f"{function} cannot be loaded: {reason}") from None
+        result = await self._control.call(function, b"", WARM)
         if result.record.status != 200:
             raise Refusal(result.record.status, error_text(result.body), retry_after_s=result.retry_after_s)
 
