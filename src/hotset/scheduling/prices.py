@@ -7,6 +7,8 @@ GPU's residents change.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
 
 HORIZON_S = 8.0
 """How far ahead the use of a further copy is counted. Beyond it the queue will look different: decide again then."""
-LAST_HORIZON_S = 16.0
+LAST_HORIZON_S = 12.0
 """The same for a model's last copy."""
 LEAST_UTILISATION, MOST_UTILISATION = 0.3, 0.98
 """A GPU is never taken to be free, or busy, for certain."""
 FRESH_S = 1.0
+MOST_COMPARED = 8
+"""Residents of which the cheapest set is searched exactly: at most 2 ** 8 sets, a few in practice."""
 
 
 class PricedResident(msgspec.Struct, frozen=True, gc=False):
@@ -68,27 +72,20 @@ class Prices:
         return self._priced(gpu, now_s)[model].price_s
 
     def cheapest_victims(self, gpu: GpuState, missing_bytes: int, now_s: float) -> list[Resident] | None:
-        """Residents whose going makes that much room: from the cheapest on, less those that prove not to be needed.
+        """The residents whose going makes that much room for least; models that somebody waits for only in need.
 
-        Models that somebody waits for go last. None: the room cannot be made.
+        Exact for up to ``MOST_COMPARED`` residents; with more, the cheapest ones until there is room, less those that
+        prove not to be needed. None: the room cannot be made.
         """
-        ranked = [priced for priced in self._priced(gpu, now_s).values() if not priced.resident.in_use]
         lines = self._cluster.queue.models
-        if lines:
-            ranked.sort(key=lambda priced: priced.resident.model in lines)  # stable: by price within both
-        chosen: list[Resident] = []
-        for priced in ranked:
-            chosen.append(priced.resident)
-            missing_bytes -= priced.resident.memory_bytes
-            if missing_bytes <= 0:
-                break
-        else:
-            return None
-        for resident in chosen[-2::-1]:
-            if missing_bytes + resident.memory_bytes <= 0:
-                chosen.remove(resident)
-                missing_bytes += resident.memory_bytes
-        return chosen
+        ranked = [priced for priced in self._priced(gpu, now_s).values() if not priced.resident.in_use]
+        unwanted = [priced for priced in ranked if priced.resident.model not in lines]
+        for candidates in (unwanted, ranked) if len(unwanted) < len(ranked) else (ranked,):
+            if sum(priced.resident.memory_bytes for priced in candidates) >= missing_bytes:
+                if len(candidates) <= MOST_COMPARED:
+                    return _cheapest(candidates, missing_bytes)
+                return _cheap(candidates, missing_bytes)
+        return None
 
     def another_copy_s(self, gpu: GpuState, model: str, now_s: float) -> float:
         """Waiting that one more copy, on that GPU, would save within the horizon. The model has at least one."""
@@ -161,3 +158,39 @@ class Prices:
 
 def _by_price(priced: PricedResident) -> float:
     return priced.price_s
+
+
+def _cheap(ranked: Sequence[PricedResident], missing_bytes: int) -> list[Resident]:
+    """From the cheapest on until there is room, less those that prove not to be needed, the dearest first."""
+    chosen: list[Resident] = []
+    for priced in ranked:
+        chosen.append(priced.resident)
+        missing_bytes -= priced.resident.memory_bytes
+        if missing_bytes <= 0:
+            break
+    for resident in chosen[-2::-1]:
+        if missing_bytes + resident.memory_bytes <= 0:
+            chosen.remove(resident)
+            missing_bytes += resident.memory_bytes
+    return chosen
+
+
+def _cheapest(ranked: Sequence[PricedResident], missing_bytes: int) -> list[Resident]:
+    """The set of least price that makes the room, by depth-first search: the cheapest first, so bounds bite early."""
+    best: list[Resident] = []
+    best_s = math.inf
+
+    def extend(start: int, missing: int, price_s: float, chosen: list[Resident]) -> None:
+        nonlocal best, best_s
+        for index in range(start, len(ranked)):
+            priced = ranked[index]
+            total_s = price_s + priced.price_s
+            if total_s >= best_s:
+                return  # the rest is at least as dear
+            if priced.resident.memory_bytes >= missing:
+                best, best_s = [*chosen, priced.resident], total_s
+                return
+            extend(index + 1, missing - priced.resident.memory_bytes, total_s, [*chosen, priced.resident])
+
+    extend(0, missing_bytes, 0.0, [])
+    return best

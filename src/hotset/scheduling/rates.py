@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from math import exp
 
-MEMORY_S = 120.0
+MEMORY_S = 300.0
 """An arrival counts e times less after this long: long enough to tell a model called once a minute from an idle one,
-short enough to follow a change of fashion within a few minutes."""
+short enough to follow a change of fashion within minutes."""
 LEAST_HISTORY_S = 20.0
 """The first arrivals are taken to be that far apart in all, lest the first of all looks like a flood."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 
 import msgspec
@@ -11,24 +12,42 @@ from hotset.scheduling.policies.interface import Placement, PolicySettings, Rule
 from hotset.scheduling.queue import Entry
 
 MOST_GPUS = 16
-"""Idle GPUs compared for one load."""
+"""GPUs compared for one load."""
 MOST_LINES = 64
 """Models waited for that are compared for one load; lines are in order of their beginning, about oldest first."""
 MOST_DEFERRED = 4
 """Models whose load may be put off in one decision before the rest waits for the next event."""
+MOST_HELPED = 16
+"""Requests of one line for which the use of a further copy is worked out."""
 HEAD_START_S = 2.0
 """Added to a line's age: a young line of many requests is worth a load before an old line of one."""
 GPU_TIME_PRICE = 0.4
 """Waiting that a second of an idle GPU's time, spent on a load that could be done without, causes elsewhere."""
-CROWDING = 4.0
-"""How much less a load is put off for each request, per GPU, that waits for a model that is nowhere."""
+CROWDING = 8.0
+"""How much dearer that time gets for each request, per GPU, that waits for a model that no GPU holds."""
+BLOCKING_S = 2.0
+"""Waiting that a load causes to the residents' callers on a GPU that they would keep busy all the time."""
 
 
 class _Load(msgspec.Struct, frozen=True, gc=False):
-    """Where a model could be loaded now, and what its victims' callers would pay."""
+    """Where a model could be loaded."""
 
     gpu: GpuState
     price_s: float
+    """What its victims' callers would pay."""
+    blocking_s: float
+    """What the callers of the other residents would pay, as the GPU is not theirs meanwhile."""
+
+    @property
+    def total_s(self) -> float:
+        return self.price_s + self.blocking_s
+
+
+class _Nowhere(msgspec.Struct, frozen=True, gc=False, order=True):
+    """A model that is waited for and that no GPU holds; the one that most deserves a load sorts first."""
+
+    rank: float
+    model: str
 
 
 class Hotset:
@@ -52,7 +71,15 @@ class Hotset:
             return None
         if queue.skips_of_head >= self.most_skips or now_s - head.request.arrival_s >= self.longest_wait_s:
             return self._in_order(cluster, now_s)
-        return self._hit(cluster, head, now_s) or self._miss(cluster, head, now_s) or self._copy(cluster, head, now_s)
+        hit = self._hit(cluster, head, now_s)
+        if hit is not None:
+            return hit
+        nowhere, waiting = _lines_of_no_holder(cluster, now_s)
+        miss = self._miss(cluster, head, nowhere, now_s)
+        if miss is not None:
+            return miss
+        gpu_time_price = GPU_TIME_PRICE * (1.0 + CROWDING * waiting / len(cluster.gpus))
+        return self._copy(cluster, head, gpu_time_price, now_s)
 
     def _in_order(self, cluster: Cluster, now_s: float) -> Placement | None:
         """The oldest request that fits on an idle GPU: where its model is, else where room is cheapest."""
@@ -83,43 +110,34 @@ class Hotset:
         rule = Rule.HIT_ELSEWHERE if best is head else Rule.OUT_OF_ORDER_HIT
         return Placement(best, _most_spare_holder(cluster, best.model, now_s), rule, skips=best is not head)
 
-    def _miss(self, cluster: Cluster, head: Entry, now_s: float) -> Placement | None:
-        """Load a model that no GPU holds: the one with the most waiting to end per second of GPU time."""
-        nowhere: list[tuple[float, str]] = []
-        copies, gpu = cluster.cache.copies, next(iter(cluster.idle))
-        waiting = 0
-        for model, line in islice(cluster.queue.models.items(), MOST_LINES):
-            if not copies(model):
-                count = len(line)
-                waiting += count
-                age_s = now_s - line[0].request.arrival_s + HEAD_START_S
-                gpu_s = cluster.load_s(model, gpu) + count * cluster.inference_s(model, gpu)
-                nowhere.append((-count * age_s / gpu_s, model))
-        nowhere.sort()
-        crowding = 1.0 + CROWDING * waiting / len(cluster.gpus)
-        for _, model in nowhere[:MOST_DEFERRED]:
-            load = self._cheapest_load(cluster, model, now_s)
-            if load is not None and not self._worth_putting_off(cluster, model, load, crowding, now_s):
-                entry = cluster.queue.models[model][0]
+    def _miss(self, cluster: Cluster, head: Entry, nowhere: list[_Nowhere], now_s: float) -> Placement | None:
+        """Load a model that no GPU holds, unless a better place for it is about to be free."""
+        for candidate in nowhere[:MOST_DEFERRED]:
+            load = self._cheapest_load(cluster, candidate.model, now_s)
+            if load is not None and not self._worth_putting_off(cluster, candidate.model, load, now_s):
+                entry = cluster.queue.models[candidate.model][0]
                 return Placement(entry, load.gpu, Rule.CHEAPEST_ROOM, skips=entry is not head)
         return None
 
-    def _worth_putting_off(self, cluster: Cluster, model: str, load: _Load, crowding: float, now_s: float) -> bool:
-        """Whether a GPU that is busy now will soon make room for so much less that waiting for it is cheaper."""
+    def _worth_putting_off(self, cluster: Cluster, model: str, load: _Load, now_s: float) -> bool:
+        """Whether a busy GPU will soon make room for so much less that waiting for it is cheaper.
+
+        One that others already wait for does not count: it will be theirs.
+        """
         if not load.price_s:
             return False
-        need_bytes = cluster.models[model].memory_bytes
+        need_bytes, lines = cluster.models[model].memory_bytes, cluster.queue.models
         for gpu in islice(cluster.gpus.values(), MOST_GPUS):
             if gpu.work is None or gpu.memory.capacity_bytes < need_bytes:
                 continue
-            wait_s = max(gpu.busy_until_s - now_s, 0.0) * crowding
-            if wait_s < load.price_s:
-                price_s = _room_price_s(cluster, gpu, need_bytes, now_s)
-                if price_s is not None and wait_s + price_s < load.price_s:
+            wait_s = max(gpu.busy_until_s - now_s, 0.0)
+            if wait_s < load.total_s and lines.keys().isdisjoint(gpu.memory.residents):
+                other = _load_on(cluster, gpu, need_bytes, now_s)
+                if other is not None and wait_s + other.total_s < load.total_s:
                     return True
         return False
 
-    def _copy(self, cluster: Cluster, head: Entry, now_s: float) -> Placement | None:
+    def _copy(self, cluster: Cluster, head: Entry, gpu_time_price: float, now_s: float) -> Placement | None:
         """Load one more copy of a model, for the first of its line whom no holder can start before the load is done."""
         best: Placement | None = None
         best_gain = 0.0
@@ -129,15 +147,9 @@ class Hotset:
             if holder is None:
                 continue
             load_s, inference_s = cluster.load_s(model, first), cluster.inference_s(model, first)
-            wait_s = max(holder.busy_until_s - now_s, 0.0)
-            # Its holders start its line one by one, this far apart; a further copy helps those that start after it.
-            apart_s = inference_s / cluster.cache.copies(model)
-            late_s = wait_s + (len(line) - 1) * apart_s - load_s
-            gain_s = -GPU_TIME_PRICE * load_s
-            helped = 0
-            if late_s > 0:
-                helped = min(int(late_s / apart_s) + 1, len(line)) if apart_s else len(line)
-                gain_s += (helped * late_s - helped * (helped - 1) / 2 * apart_s) / (cluster.cache.copies(model) + 1)
+            wait_s = _wait_for(cluster, holder, model, line[0], now_s)
+            saved_s, helped = _saved(len(line), wait_s, load_s, inference_s, cluster.cache.copies(model))
+            gain_s = saved_s - gpu_time_price * load_s
             if gain_s + prices.another_copy_s(first, model, now_s) <= best_gain * load_s:
                 continue
             load = self._cheapest_load(cluster, model, now_s)
@@ -146,7 +158,7 @@ class Hotset:
             gain_s += prices.another_copy_s(load.gpu, model, now_s) - load.price_s
             if gain_s > best_gain * load_s:
                 best_gain = gain_s / load_s
-                entry = line[len(line) - max(helped, 1)]
+                entry = line[-max(helped, 1)]
                 best = Placement(entry, load.gpu, Rule.EXTRA_COPY, skips=entry is not head, waited_s=wait_s)
         return best
 
@@ -156,20 +168,74 @@ class Hotset:
         best: _Load | None = None
         for gpu in islice(cluster.idle, MOST_GPUS):
             if gpu.memory.capacity_bytes >= need_bytes:
-                price_s = _room_price_s(cluster, gpu, need_bytes, now_s)
-                if price_s is not None and (best is None or price_s < best.price_s):
-                    best = _Load(gpu, price_s)
-                    if not price_s:
-                        break
+                load = _load_on(cluster, gpu, need_bytes, now_s)
+                if load is not None and (best is None or load.total_s < best.total_s):
+                    best = load
         return best
 
 
-def _room_price_s(cluster: Cluster, gpu: GpuState, need_bytes: int, now_s: float) -> float | None:
-    """What the callers of the evicted models would pay for room on that GPU; None: it cannot be made."""
+def _load_on(cluster: Cluster, gpu: GpuState, need_bytes: int, now_s: float) -> _Load | None:
+    """What a load on that GPU would cost others; None: there is no way to make room."""
     victims = cluster.cache.choose_victims(gpu.memory, need_bytes, now_s)
     if victims is None:
         return None
-    return sum(cluster.prices.price_s(gpu, victim.model, now_s) for victim in victims)
+    prices = cluster.prices
+    price_s = sum(prices.price_s(gpu, victim.model, now_s) for victim in victims)
+    return _Load(gpu, price_s, BLOCKING_S * prices.utilisation(gpu, now_s))
+
+
+def _lines_of_no_holder(cluster: Cluster, now_s: float) -> tuple[list[_Nowhere], int]:
+    """Models waited for that no GPU holds, and how many requests wait for them.
+
+    Best first: the one with the most waiting to end per second of GPU time.
+    """
+    nowhere: list[_Nowhere] = []
+    copies, gpu = cluster.cache.copies, next(iter(cluster.idle))
+    waiting = 0
+    for model, line in islice(cluster.queue.models.items(), MOST_LINES):
+        if not copies(model):
+            count = len(line)
+            waiting += count
+            age_s = now_s - line[0].request.arrival_s + HEAD_START_S
+            gpu_s = cluster.load_s(model, gpu) + count * cluster.inference_s(model, gpu)
+            nowhere.append(_Nowhere(-count * age_s / gpu_s if gpu_s else -math.inf, model))
+    nowhere.sort()
+    return nowhere, waiting
+
+
+def _wait_for(cluster: Cluster, holder: GpuState, model: str, entry: Entry, now_s: float) -> float:
+    """Until a busy holder can start the request: what it does now, and older requests that it may be given first."""
+    lines, copies = cluster.queue.models, cluster.cache.copies
+    wait_s = max(holder.busy_until_s - now_s, 0.0)
+    for other in holder.memory.residents:
+        line = lines.get(other)
+        if line is not None and other != model and line[0].seq < entry.seq:
+            wait_s += cluster.inference_s(other, holder) / copies(other)
+    return wait_s
+
+
+def _saved(count: int, wait_s: float, load_s: float, inference_s: float, copies: int) -> tuple[float, int]:
+    """What one more copy saves a line of ``count`` requests: seconds of waiting in all, and how many it helps.
+
+    The holders start the line one by one, ``inference_s / copies`` apart, the first after ``wait_s``. From ``load_s``
+    on the new copy takes its turns among them.
+    """
+    apart_s = inference_s / copies
+    late_s = wait_s + (count - 1) * apart_s - load_s
+    if late_s <= 0.0:
+        return 0.0, 0
+    helped = min(int(late_s / apart_s) + 1, count, MOST_HELPED) if apart_s else 1
+    saved_s, unhelped_s = 0.0, load_s + late_s - (helped - 1) * apart_s
+    new_s, old_s = load_s, unhelped_s
+    for _ in range(helped):
+        if new_s <= old_s:
+            saved_s += unhelped_s - new_s
+            new_s += inference_s
+        else:
+            saved_s += unhelped_s - old_s
+            old_s += apart_s
+        unhelped_s += apart_s
+    return saved_s, helped
 
 
 def _most_spare_holder(cluster: Cluster, model: str, now_s: float) -> GpuState:
