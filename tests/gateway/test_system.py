@@ -14,7 +14,7 @@ import pytest
 from gateway_world import GPU, MIB, Client, Reply, World, run
 
 from hotset.errors import BundleError, FunctionError, StoreError
-from hotset.gateway import system
+from hotset.gateway import system, web
 from hotset.gateway.app import Gateway
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.description import describe, guess_module
@@ -106,9 +106,10 @@ def test_a_deployed_function_is_listed_described_and_called(tmp_path):
         reply = await server.deploy(GREET, labels={"team": "a"}, annotations={"note": "x"}, envVars={"LANG": "C"})
         assert (reply.status, reply.body) == (202, b"")
         (listed,) = json.loads((await server.json("GET", "/system/functions?namespace=openfaas-fn")).body)
-        assert listed == json.loads((await server.json("GET", "/system/function/greet?usage=1")).body)
+        assert listed == json.loads((await server.json("GET", "/system/function/greet?usage=false")).body)
         assert (listed["name"], listed["namespace"], listed["availableReplicas"]) == ("greet", "openfaas-fn", 1)
-        assert (listed["labels"], listed["annotations"]) == ({"team": "a"}, {"note": "x"})
+        assert listed["labels"] == {"team": "a", "faas_function": "greet"}
+        assert listed["annotations"].items() >= {"note": "x", "hotset.gpu-memory-now": "64 MiB"}.items()
         assert listed["envVars"] == {"TONE": "warm", "LANG": "C"}
         assert datetime.fromisoformat(listed["createdAt"]).tzinfo is not None
         details = listed["hotset"]
@@ -177,8 +178,8 @@ def test_a_deployment_that_makes_no_sense_is_refused_with_the_reason(tmp_path):
             (b"{}", 400, "service"),
             (b'{"service": 7}', 400, "$.service"),
             (b'{"service": "Greet!", "image": "x"}', 400, "service"),
-            (b'{"service": "greet", "image": "x"}', 400, "there is no bundle"),
-            (b'{"service": "greet", "image": "sha256:../../etc"}', 400, "there is no bundle"),
+            (b'{"service": "greet", "image": "x"}', 400, "there is no image 'x'"),
+            (b'{"service": "greet", "image": "sha256:../../etc"}', 400, "there is no image"),
             (b'{"service": "greet", "namespace": "elsewhere"}', 400, "namespace"),
             (b'{"service": "greet", "hotset": {"memory": 1}}', 400, "memory"),
             (b'{"service": "greet", "labels": {"a": 1}}', 400, "$.labels"),
@@ -382,12 +383,12 @@ def test_a_bug_is_answered_too(tmp_path, monkeypatch, caplog):
         reply = Reply()
         with pytest.raises(ZeroDivisionError):
             await server.client.request("GET", "/system/state", reply=reply)
-        assert (reply.status, reply.error) == (500, system.BUG)
+        assert (reply.status, reply.error) == (500, web.BUG)
         digest = await server.upload(GREET)
         monkeypatch.setattr(SqliteDatastore, "deploy", broken)
         wanted = {"service": "greet", "image": f"sha256:{digest}"}
         watched = await server.json("POST", "/system/functions", wanted, accept="application/x-ndjson")
-        assert json.loads(watched.body.splitlines()[-1])["error"] == system.BUG
+        assert json.loads(watched.body.splitlines()[-1])["error"] == web.BUG
         assert "nobody thought of" in caplog.text
 
     serving(story, tmp_path)

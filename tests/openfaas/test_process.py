@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hotset.errors import FunctionError
-from hotset.functions.http_envelope import RESPONSE, RequestHead, pack, unpack_request, unpack_response
+from hotset.functions.http_envelope import REQUEST, RESPONSE, RequestHead, pack, unpack_request, unpack_response
 from hotset.functions.process import ProcessRuntime, ProcessSettings
 from hotset.node.worker.memory import children_bytes
 
@@ -71,10 +71,10 @@ def server(tmp_path):
 
 
 def test_a_server_is_started_called_and_stopped(server):
-    status, headers, body = answer(server.call(request(path="/a/b", query="c=d", body=b"hello", x_tone="warm")))
+    status, headers, body = answer(call(server, request(path="/a/b", query="c=d", body=b"hello", x_tone="warm")))
     assert (status, headers["Location"]) == (201, "/there")
     assert json.loads(body) == {"path": "/a/b?c=d", "body": "hello", "tone": "warm"}
-    assert answer(server.call(request(path="/away")))[0] == 302
+    assert answer(call(server, request(path="/away")))[0] == 302
     assert children_bytes() > 1 << 20
     process = server._server
     server.unload()
@@ -82,20 +82,20 @@ def test_a_server_is_started_called_and_stopped(server):
 
 
 def test_a_servers_stream_is_passed_on_as_it_comes(server):
-    outcome = server.call(request(path="/stream"))
+    outcome = call(server, request(path="/stream"))
     first, *rest = list(outcome.stream)
     assert unpack_response(first)[1] == b""
     assert b"".join(rest) == b"onetwo"
 
 
 def test_a_server_that_is_too_slow_is_a_504_and_one_that_is_gone_takes_the_process_along(server):
-    status, headers, body = answer(server.call(request(path="/slow")))
+    status, headers, body = answer(call(server, request(path="/slow")))
     assert (status, headers["x-openfaas-internal"]) == (504, "hotset")
     assert b"exec_timeout of 0.3 s" in body
     server.unload()
     server.load()
     with pytest.raises(SystemExit):
-        server.call(request(path="/exit"))
+        call(server, request(path="/exit"))
 
 
 def test_a_server_that_ends_before_it_answers_fails_its_load(tmp_path):
@@ -107,8 +107,8 @@ def test_a_server_that_ends_before_it_answers_fails_its_load(tmp_path):
 def test_a_command_is_run_for_each_call_with_the_request_in_its_environment(tmp_path, capfd):
     runtime = ProcessRuntime("env", str(tmp_path), "cpu", {"fprocess": "env", "custom_env": "test value"})
     runtime.load()
-    call = request("PUT", "/x", "testing=1", b"", content_type="text/csv", x_a_b="1", x_bad="a\0b")
-    status, headers, body = answer(runtime.call(call))
+    sent = request("PUT", "/x", "testing=1", b"", content_type="text/csv", x_a_b="1", x_bad="a\0b")
+    status, headers, body = answer(call(runtime, sent))
     assert (status, headers["content-type"]) == (200, "text/csv")
     lines = body.decode().splitlines()
     for line in ("Http_Method=PUT", "Http_Path=/x", "Http_Query=testing=1", "Http_X_A_B=1", "custom_env=test value"):
@@ -125,19 +125,30 @@ def test_a_commands_input_is_the_body_and_its_secrets_are_where_it_looks(tmp_pat
     cat = ProcessRuntime("cat", str(tmp_path), "cpu", {"fprocess": "cat"})
     assert answer(cat.call_batch([request_call(b"some body")])[0])[2] == b"some body"
     env = {"fprocess": "cat /var/openfaas/secrets/token", "secret_mount_path": str(tmp_path)}
-    assert answer(ProcessRuntime("cat", str(tmp_path), "cpu", env).call(request()))[2] == b"abc\n"
+    assert answer(call(ProcessRuntime("cat", str(tmp_path), "cpu", env), request()))[2] == b"abc\n"
 
 
 def request_call(body: bytes):
     from hotset.functions.runtime import Call
 
-    return Call(request(body=body))
+    return Call(request(body=body), REQUEST)
+
+
+def call(runtime: ProcessRuntime, body: bytes):
+    return runtime.call(body, REQUEST)
+
+
+def test_other_protocols_are_told_so_and_may_still_have_it_loaded(tmp_path):
+    runtime = ProcessRuntime("env", str(tmp_path), "cpu", {"fprocess": "env"})
+    assert runtime.call(b"", "application/vnd.hotset.v2; warm").status == 200
+    refused = runtime.call(b"{}", "application/json")
+    assert (refused.status, b"speaks HTTP only" in refused.body) == (400, True)
 
 
 @pytest.mark.parametrize(("command", "status"), [("false", 500), ("sleep 60", 504)])
 def test_a_command_that_fails_or_takes_too_long_says_so(tmp_path, command, status):
     runtime = ProcessRuntime("bad", str(tmp_path), "cpu", {"fprocess": command, "exec_timeout": "50ms"})
-    found, headers, _ = answer(runtime.call(request()))
+    found, headers, _ = answer(call(runtime, request()))
     assert (found, headers["x-openfaas-internal"]) == (status, "hotset")
 
 

@@ -16,6 +16,8 @@ REQUEST = "application/vnd.hotset.http-request"
 RESPONSE = "application/vnd.hotset.http-response"
 PROCESS_ENTRY = "process:"
 """In place of ``module:Name``: the function is a command (``env fprocess``), and its calls come in envelopes."""
+SECRETS_VARIABLE = "secret_mount_path"
+"""Environment variable that says where a function finds its secrets as files."""
 
 _LENGTH = struct.Struct(">I")
 

@@ -33,13 +33,20 @@ import msgspec
 from hotset.errors import FunctionError
 from hotset.functions.codecs import JSON, Body
 from hotset.functions.encoding import StreamFormat, to_json
-from hotset.functions.http_envelope import RESPONSE, RequestHead, ResponseHead, pack, unpack_request
+from hotset.functions.http_envelope import (
+    REQUEST,
+    RESPONSE,
+    SECRETS_VARIABLE,
+    RequestHead,
+    ResponseHead,
+    pack,
+    unpack_request,
+)
 from hotset.functions.runtime import Call, Outcome, Stream
 from hotset.functions.signature import Signature
 
 SECRETS_PATH = "/var/openfaas/secrets"
 """Where OpenFaaS functions look; in a command's arguments it stands for the function's own folder of secrets."""
-SECRETS_VARIABLE = "secret_mount_path"
 INTERNAL = "x-openfaas-internal"
 """Header of an error that the platform made, not the function."""
 
@@ -140,6 +147,10 @@ class ProcessRuntime:
 
     def call(self, body: Body, content_type: str = JSON, accept: str = "*/*") -> Outcome:
         """Answer one request. ``SystemExit`` when the server is gone: so is the model."""
+        if content_type != REQUEST:
+            # Through another protocol's door: one that only wants the model loaded has what it wants.
+            text = {} if not body else {"error": f"{self.signature.name} speaks HTTP only: call it under /function/"}
+            return Outcome(status=400 if body else 200, body=to_json(text))
         head, payload = unpack_request(body)
         try:
             if self.settings.serves:
@@ -147,6 +158,8 @@ class ProcessRuntime:
             return self._execute(head, payload)
         except TimeoutError:
             return _refused(504, f"the function took longer than its exec_timeout of {self.settings.timeout_s:g} s")
+        except ValueError as error:
+            return _refused(400, f"the request cannot be passed on: {error}")
         except (OSError, http.client.HTTPException) as error:
             if self._server is not None and _ended(self._server):
                 sys.stderr.write(f"{self.signature.name}: the server ended with code {self._server.returncode}\n")

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from hotset.functions.http_envelope import REQUEST
 from hotset.functions.runtime import V2_PREFIX
 from hotset.gateway.calls import CallRecord, Chunks, PendingCall, Receive, Result, StreamBroken
 from hotset.gateway.control import Control
+from hotset.gateway.openfaas.invocation import forwarded, is_process, is_response, opened, request_envelope
+from hotset.gateway.openfaas.naming import DEFAULT_NAMESPACE
 from hotset.gateway.statuses import error_body
 
 Scope = MutableMapping[str, Any]
@@ -22,13 +26,13 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 PREFIX = "/function/"
-NAMESPACE = "openfaas-fn"
-"""The one namespace: OpenFaaS clients call ``NAME.openfaas-fn``, which is ``NAME``."""
 _NAME_AT = len(PREFIX)
 _SHORT_LENGTH = 3
 """A Content-Length of so many digits needs no look before the body is there."""
 _CLOSE = (b"connection", b"close")
 _NO_TIME = b"0.000000"
+_INTERNAL = (b"x-openfaas-internal", b"hotset")
+"""On errors that the platform made: its client's code is not to blame, nor the function's."""
 _HIT = (b"x-hotset-cache", b"hit")
 _MISS = (b"x-hotset-cache", b"miss")
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
@@ -79,7 +83,9 @@ class Gateway:
             return
         try:
             result = await pending.future
-            if result.chunks is None:
+            if is_response(pending.version, result):
+                await self._pass_on(result, send)
+            elif result.chunks is None:
                 await self._answer(result, send)
             else:
                 await self._stream(result, result.chunks, send)
@@ -112,7 +118,10 @@ class Gateway:
             self._check_room(len(body))
         timeout = headers.get(b"x-hotset-timeout")
         content_type = headers.get(b"content-type", b"").decode("latin-1")
-        if content_type.startswith(V2_PREFIX):
+        version = control.functions.current.get(function)
+        if version is not None and is_process(version):
+            body, content_type = self._envelope(scope, body), REQUEST
+        elif content_type.startswith(V2_PREFIX):
             raise BodyError(415, "inference requests of the v2 protocol go to /v2/models/NAME/infer")
         try:
             return control.submit(
@@ -126,12 +135,22 @@ class Gateway:
         except KeyError:
             raise _unknown(function) from None
 
+    def _envelope(self, scope: Scope, body: bytes) -> bytes:
+        """The whole request, for a function that speaks HTTP itself."""
+        path = scope.get("raw_path", b"").decode("latin-1").split("/", 3)
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        host = next((value for name, value in headers if name == "host"), "")
+        added = forwarded(scope.get("client"), host, self._control.next_call_id, time.time_ns())
+        query = scope["query_string"].decode("latin-1")
+        rest = f"/{path[3]}" if len(path) > 3 else "/"
+        return request_envelope(scope["method"], rest, query, headers, body, added)
+
     def _function(self, name: str) -> str:
         current = self._control.functions.current
         if name in current:
             return name
         function, _, namespace = name.rpartition(".")
-        if namespace == NAMESPACE and function in current:
+        if namespace == DEFAULT_NAMESPACE and function in current:
             return function
         raise _unknown(name)
 
@@ -170,8 +189,39 @@ class Gateway:
         headers.append((b"content-length", b"%d" % len(result.body)))
         if result.retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % math.ceil(result.retry_after_s)))
+        if result.internal:
+            headers.append(_INTERNAL)
         await send({"type": "http.response.start", "status": result.record.status, "headers": headers})
         await send({"type": "http.response.body", "body": result.body})
+
+    async def _pass_on(self, result: Result, send: Send) -> None:
+        """Answer with the response that a process function gave."""
+        if result.chunks is None:
+            given, body = opened(result.body)
+            headers = self._response_headers(result.record, given)
+            headers.append((b"content-length", b"%d" % len(body)))
+            await send({"type": "http.response.start", "status": result.record.status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+            return
+        chunks = aiter(result.chunks)
+        try:
+            given, body = opened(await anext(chunks))
+        except StreamBroken as broken:
+            await _respond(send, BodyError(502, str(broken), _INTERNAL))
+            return
+        headers = self._response_headers(result.record, given)
+        await send({"type": "http.response.start", "status": result.record.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        try:
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except StreamBroken:
+            return  # the connection is closed without the end-of-body mark
+        await send({"type": "http.response.body", "body": b""})
+
+    def _response_headers(self, record: CallRecord, given: list[tuple[str, str]]) -> Headers:
+        ours = self._headers(record, "")[1:]  # the type is the function's
+        return [*((name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in given), *ours]
 
     async def _stream(self, result: Result, chunks: Chunks, send: Send) -> None:
         """Pass a streamed answer on; one that breaks off ends with an error item and a closed connection."""
@@ -191,6 +241,7 @@ class Gateway:
         headers: Headers = [
             (b"content-type", content_type.encode("latin-1", "replace")),
             (b"x-call-id", self._control.ids.public_bytes(record.request_id)),
+            (b"x-start-time", b"%d" % self._control.unix_ns(record.arrival_s)),
             (b"x-hotset-queue-seconds", b"%.6f" % record.queue_s),
             (b"x-hotset-load-seconds", b"%.6f" % record.load_s if record.load_s else _NO_TIME),
             (b"x-hotset-inference-seconds", b"%.6f" % record.inference_s),

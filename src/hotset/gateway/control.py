@@ -148,6 +148,11 @@ class Control:
             await self.cpu.stop()
 
     @property
+    def next_call_id(self) -> str:
+        """Public id of the call that is handed in next."""
+        return self.ids.public(self._last_request_id + 1)
+
+    @property
     def open_cpu_calls(self) -> int:
         """Calls of plain functions that wait or run."""
         return self._cpu_calls
@@ -509,6 +514,10 @@ class Control:
     def now_s(self) -> float:
         """The control loop's clock, which all its times are on."""
         return self._now()
+
+    def unix_ns(self, moment_s: float) -> int:
+        """A moment on that clock as Unix time, in nanoseconds."""
+        return int((self.started_unix_s + moment_s - self.started_s) * 1e9)
 
     def uptime_s(self) -> float:
         return self._now() - self.started_s

@@ -28,8 +28,9 @@ class StatusMetrics:
 
     __slots__ = ("buckets", "count", "duration_s")
 
-    def __init__(self) -> None:
-        self.buckets = [0] * (len(BUCKETS_S) + 1)
+    def __init__(self, bounds: int = len(BUCKETS_S)) -> None:
+        """``bounds``: of the histogram; one bucket more is for what is above them all."""
+        self.buckets = [0] * (bounds + 1)
         self.count = 0
         self.duration_s = 0.0
 

@@ -21,7 +21,7 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     where: str = "query"
     text: str = ""
-    schema: Mapping[str, Any] = {"type": "string"}
+    schema: Mapping[str, Any] = msgspec.field(default_factory=lambda: {"type": "string"})
     required: bool = False
 
 
@@ -49,7 +49,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """Type of a JSON body; None: it takes none."""
     raw_body: str | None = None
     """Media type of a body that is no JSON document."""
-    answers: Mapping[int, Answer] = {200: Answer(text="done")}
+    answers: Mapping[int, Answer] = msgspec.field(default_factory=lambda: {200: Answer(text="It is in the body.")})
     protected: bool = True
     """Asks for credentials when the server has any."""
 

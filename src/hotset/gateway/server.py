@@ -14,10 +14,11 @@ import uvloop
 
 from hotset.errors import StoreError
 from hotset.gateway.app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OPEN_BYTES, Gateway
+from hotset.gateway.auth import ApiKeys, Guard
 from hotset.gateway.control import Control, ControlConfig
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.listener import Listener, bind
-from hotset.gateway.system import SystemApi
+from hotset.gateway.openfaas.service import AccessConfig, system_front
 from hotset.gateway.v2.front import V2Config, v2_front
 from hotset.node.cpu import CpuPool
 from hotset.node.interface import Node
@@ -28,6 +29,7 @@ from hotset.scheduling.policies.interface import PolicySettings
 from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
 from hotset.store.bundles import Bundles
 from hotset.store.environments import Environments
+from hotset.store.secrets import Secrets
 from hotset.store.sqlite import SqliteDatastore
 
 PROFILES_EVERY_S = 30.0
@@ -71,6 +73,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Where the Open Inference Protocol is served over gRPC; None: only over HTTP; 0: any free port."""
     model_repository: Path | None = None
     """A directory of models to serve as they stand there."""
+    access: AccessConfig = AccessConfig()
 
 
 def serve(config: ServerConfig, *, ready: Callable[[str], None] = log.info) -> None:
@@ -100,13 +103,21 @@ async def run(
         LocalNode(virtual_gpus=config.virtual_gpus, memory_bytes=config.gpu_memory_bytes, cuda=config.virtual_gpus == 0)
     ]
     control = Control(scheduler, nodes, cpu=CpuPool(), config=ControlConfig(recorded_calls=config.recorded_calls))
+    access = msgspec.structs.replace(config.access, max_body_bytes=config.max_body_bytes)
     with contextlib.closing(bind(config.host, config.port)) as listening:
+        access.check_address(listening.getsockname()[0], grpc=config.grpc_port is not None)
+        store = SqliteDatastore(config.data)
+        secrets = Secrets(config.data / "secrets", access.secrets_path)
         deployments = Deployments(
             control,
-            SqliteDatastore(config.data),
+            store,
             Bundles(config.data / "bundles"),
             Environments(config.data / "environments", pip_options=config.pip_options),
+            secrets=secrets,
+            profiles=access.profiles,
+            allow_local_images=access.allow_local_images,
         )
+        keys = ApiKeys()
         try:
             await control.start()
             await deployments.restore()
@@ -118,12 +129,14 @@ async def run(
                 model_repository=config.model_repository,
                 data=config.data,
             )
-            system = SystemApi(control, deployments).application()
-            async with v2_front(control, deployments, system, v2_config) as rest:
+            async with (
+                system_front(control, deployments, secrets, keys, access, config.data) as system,
+                v2_front(control, deployments, system, v2_config) as rest,
+            ):
                 gateway = Gateway(
                     control, rest, max_body_bytes=config.max_body_bytes, max_open_bytes=config.max_open_bytes
                 )
-                listener = Listener(gateway, control, drain_s=config.drain_s)
+                listener = Listener(Guard(gateway, access.credentials, keys), control, drain_s=config.drain_s)
                 listener.when_started(lambda: ready(f"http://{config.host}:{listening.getsockname()[1]}"))
                 gc.collect()
                 gc.freeze()  # what is here now stays: no collection need look at it again

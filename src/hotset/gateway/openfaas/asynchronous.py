@@ -7,7 +7,6 @@ import re
 import uuid
 from datetime import UTC, datetime
 from enum import Enum
-from urllib.parse import unquote
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -119,7 +118,7 @@ class AsyncApi:
         call_id = given if _CALL_ID.fullmatch(given) else str(uuid.uuid4())
         rest = request.scope.get("raw_path", b"").decode("latin-1").partition("?")[0].split("/", 3)
         stored = AsyncRequest(
-            path=f"/{unquote(rest[3])}" if len(rest) > 3 else "/",
+            path=f"/{rest[3]}" if len(rest) > 3 else "/",
             query=request.url.query,
             headers=tuple(
                 (name, value) for name, value in request.headers.items() if name not in ("x-callback-url", "x-call-id")

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from time import monotonic
 
 import msgspec
-import psutil
+import psutil  # type: ignore[import-untyped]
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse

@@ -1,32 +1,24 @@
-"""A call of a function, whoever makes it: what goes to its process, and the answer's status, headers and body."""
+"""Calls of process functions: whole HTTP requests in, whole responses out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Sequence
+from urllib.parse import quote
 
-import msgspec
-
-from hotset.functions.http_envelope import PROCESS_ENTRY, RequestHead, pack, unpack_response
+from hotset.functions.http_envelope import PROCESS_ENTRY, RESPONSE, RequestHead, pack, unpack_response
+from hotset.gateway.calls import Result
 from hotset.gateway.functions import Version
 
 Headers = list[tuple[str, str]]
 
-_HOP_BY_HOP = frozenset(
+HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "content-length")
 )
-
-
-class Invocation(msgspec.Struct, frozen=True, kw_only=True):
-    """An HTTP call of a function; header names in lower case, ``path`` what follows the function's name."""
-
-    method: str
-    path: str
-    query: str
-    headers: Sequence[tuple[str, str]]
-    body: bytes
-
-    def header(self, name: str, default: str = "") -> str:
-        return next((value for key, value in self.headers if key == name), default)
+OURS = frozenset(("date", "x-call-id", "x-start-time", "x-duration-seconds"))
+"""Response headers that the gateway writes itself."""
+_PATH_SAFE = "/%:@!$&'()*+,;=-._~"
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
 
 
 def is_process(version: Version) -> bool:
@@ -34,16 +26,43 @@ def is_process(version: Version) -> bool:
     return version.spec.launch.entry == PROCESS_ENTRY
 
 
-def envelope(invocation: Invocation, added: Mapping[str, str]) -> bytes:
-    """The call as a process function gets it; ``added``: headers that say where it came from, if it does not itself."""
-    headers = [(name, value) for name, value in invocation.headers if name not in _HOP_BY_HOP]
-    given = {name for name, _ in headers}
-    headers += [(name, value) for name, value in added.items() if name not in given]
-    head = RequestHead(invocation.method, invocation.path or "/", invocation.query, headers)
-    return pack(head, invocation.body)
+def is_response(version: Version, result: Result) -> bool:
+    """Whether a result is such a response: a process that failed has none."""
+    return result.content_type == RESPONSE and is_process(version)
 
 
-def opened(body: bytes | memoryview) -> tuple[Headers, memoryview]:
+def request_envelope(
+    method: str,
+    path: str,
+    query: str,
+    headers: Iterable[tuple[str, str]],
+    body: bytes,
+    added: Iterable[tuple[str, str]],
+) -> bytes:
+    """A request as a process function gets it. ``path`` and ``query`` as they were sent; header names in lower case.
+
+    ``added``: headers that say where it came from, unless it says so itself.
+    """
+    kept = [(name, value) for name, value in headers if name not in HOP_BY_HOP and _HEADER_NAME.fullmatch(name)]
+    given = {name for name, _ in kept}
+    kept += [(name, value) for name, value in added if name not in given]
+    head = RequestHead(method, quote(path, safe=_PATH_SAFE) or "/", quote(query, safe=f"{_PATH_SAFE}?"), kept)
+    return pack(head, body)
+
+
+def opened(envelope: bytes | memoryview) -> tuple[Headers, memoryview]:
     """Headers and body of a process function's answer."""
-    head, rest = unpack_response(body)
-    return [(name.lower(), value) for name, value in head.headers if name.lower() not in _HOP_BY_HOP], rest
+    head, body = unpack_response(envelope)
+    headers = [(name.lower(), value) for name, value in head.headers]
+    return [(name, value) for name, value in headers if name not in HOP_BY_HOP and name not in OURS], body
+
+
+def forwarded(client: Sequence[str | int] | None, host: str, call_id: str, start_ns: int) -> Headers:
+    """The headers by which a function knows whom it serves."""
+    where = f"{client[0]}:{client[1]}" if client else "unknown"
+    return [
+        ("x-forwarded-for", where),
+        ("x-forwarded-host", host),
+        ("x-call-id", call_id),
+        ("x-start-time", str(start_ns)),
+    ]

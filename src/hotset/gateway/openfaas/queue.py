@@ -19,10 +19,12 @@ import msgspec
 
 from hotset.errors import StoreError
 from hotset.functions.codecs import JSON
+from hotset.functions.http_envelope import REQUEST
 from hotset.gateway.calls import Result, StreamBroken
 from hotset.gateway.control import Control
+from hotset.gateway.functions import Version
 from hotset.gateway.openfaas.callbacks import Callbacks
-from hotset.gateway.openfaas.invocation import Headers, Invocation, envelope, is_process, opened
+from hotset.gateway.openfaas.invocation import Headers, forwarded, is_process, is_response, opened, request_envelope
 from hotset.gateway.openfaas.labels import Retrying, read_retrying
 from hotset.gateway.openfaas.naming import key_of
 from hotset.gateway.statuses import error_body
@@ -271,39 +273,21 @@ class AsyncQueue:
                 return _Answer(503, [("content-type", JSON)], error_body(f"{key} is not ready"), 0.0, reached=False)
             refusal = error_body(f"there is no function {call.function!r}: deploy it")
             return _Answer(404, [("content-type", JSON)], refusal, 0.0, reached=False)
-        invocation = Invocation(
-            method="POST", path=request.path, query=request.query, headers=request.headers, body=body
-        )
-        content_type, accept = invocation.header("content-type"), invocation.header("accept", "*/*")
-        sent = envelope(invocation, {"x-call-id": call.call_id}) if is_process(version) else body
+        given = dict(request.headers)
+        content_type, accept = given.get("content-type", ""), given.get("accept", "*/*")
+        if is_process(version):
+            added = forwarded(None, given.get("host", ""), call.call_id, int(call.accepted_at_s * 1e9))
+            body = request_envelope("POST", request.path, request.query, request.headers, body, added)
+            content_type = REQUEST
         on_gpu = version.spec.scheduled is not None
         self._on_gpus += on_gpu
         try:
-            result = await self._control.call(key, sent, content_type, accept, caller=CALLER)
+            result = await self._control.call(key, body, content_type, accept, caller=CALLER)
             if not self._control.accepting and result.record.status == 503:
                 return None
-            return await self._answer(result, is_process(version))
+            return await _read(version, result)
         finally:
             self._on_gpus -= on_gpu
-
-    async def _answer(self, result: Result, process: bool) -> _Answer:
-        status, body = result.record.status, bytes(result.body)
-        if result.chunks is not None:
-            pieces, size = [], 0
-            try:
-                async for chunk in result.chunks:
-                    size += len(chunk)
-                    if size <= MOST_ANSWER_BYTES:
-                        pieces.append(bytes(chunk))
-                body = b"".join(pieces)
-            except StreamBroken as broken:
-                status, body, process = 502, error_body(str(broken)), False
-        headers = [("content-type", result.content_type)]
-        if process and not result.internal:
-            headers, rest = opened(body)
-            body = bytes(rest)
-        took_s = result.record.duration_s
-        return _Answer(status, headers, body, took_s, result.retry_after_s, reached=not result.internal)
 
     async def _call_back(self, url: str, call: AsyncCall, answer: _Answer) -> str | None:
         """Send the answer until it is taken; returns why it was not."""
@@ -324,6 +308,27 @@ class AsyncQueue:
                 await asyncio.sleep(wait_s)
                 wait_s *= 2
         return problem
+
+
+async def _read(version: Version, result: Result) -> _Answer:
+    """All of it, and what it says."""
+    status, body = result.record.status, bytes(result.body)
+    content_type, whole = result.content_type, is_response(version, result)
+    if result.chunks is not None:
+        pieces, size = [], 0
+        try:
+            async for chunk in result.chunks:
+                size += len(chunk)
+                if size <= MOST_ANSWER_BYTES:
+                    pieces.append(bytes(chunk))
+            body = b"".join(pieces)
+        except StreamBroken as broken:
+            status, content_type, body, whole = 502, JSON, error_body(str(broken)), False
+    headers = [("content-type", content_type)]
+    if whole:
+        headers, rest = opened(body)
+        body = bytes(rest)
+    return _Answer(status, headers, body, result.record.duration_s, result.retry_after_s, not result.internal)
 
 
 def _text(body: bytes) -> str:

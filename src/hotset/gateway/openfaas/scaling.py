@@ -17,9 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from hotset.errors import ConfigurationError
 from hotset.gateway.control import Control
 from hotset.gateway.openfaas.labels import ScaleType, Scaling, read_scaling
-from hotset.gateway.openfaas.namespaces import Namespaces
 from hotset.gateway.openfaas.types import AlertNotification, AlertStatus, ScaleServiceRequest
 from hotset.gateway.operations import ACCEPTED, NAMESPACE, Answer, Operation, name_parameter
 from hotset.gateway.statuses import error_body
@@ -105,7 +105,7 @@ class Replicas:
         function = self._functions.get(record.name)
         mark = f"{record.version} {record.created_at_s}"
         if function is None or function.version != mark:
-            scaling = read_scaling(record.labels, record.annotations)
+            scaling = _scaling_of(record)
             self._functions[record.name] = function = _Function(mark, scaling)
             function.total = self._total(record.name)
         return function
@@ -162,13 +162,17 @@ class Replicas:
         self._control.evict(key)
 
 
+def _scaling_of(record: FunctionRecord) -> Scaling:
+    try:
+        return read_scaling(record.labels, record.annotations)
+    except ConfigurationError:  # deployed before such labels were checked
+        return Scaling()
+
+
 class ScalingApi:
-    def __init__(
-        self, replicas: Replicas, namespaces: Namespaces, find: Callable[[str, Sequence[str | None]], FunctionRecord]
-    ) -> None:
+    def __init__(self, replicas: Replicas, find: Callable[[str, Sequence[str | None]], FunctionRecord]) -> None:
         """``find``: a function by its name and the namespaces given beside it; raises a 404."""
         self._replicas = replicas
-        self._namespaces = namespaces
         self._find = find
 
     def operations(self) -> list[Operation]:
