@@ -25,8 +25,6 @@ GPU_TIME_PRICE = 0.4
 """Waiting that a second of an idle GPU's time, spent on a load that could be done without, causes elsewhere."""
 CROWDING = 8.0
 """How much dearer that time gets for each request, per GPU, that waits for a model that no GPU holds."""
-BLOCKING_S = 2.0
-"""Waiting that a load causes to the residents' callers on a GPU that they would keep busy all the time."""
 
 
 class _Load(msgspec.Struct, frozen=True, gc=False):
@@ -132,7 +130,7 @@ class Hotset:
                 continue
             wait_s = max(gpu.busy_until_s - now_s, 0.0)
             if wait_s < load.total_s and lines.keys().isdisjoint(gpu.memory.residents):
-                other = _load_on(cluster, gpu, need_bytes, now_s)
+                other = _load_on(cluster, gpu, model, now_s)
                 if other is not None and wait_s + other.total_s < load.total_s:
                     return True
         return False
@@ -168,20 +166,22 @@ class Hotset:
         best: _Load | None = None
         for gpu in islice(cluster.idle, MOST_GPUS):
             if gpu.memory.capacity_bytes >= need_bytes:
-                load = _load_on(cluster, gpu, need_bytes, now_s)
+                load = _load_on(cluster, gpu, model, now_s)
                 if load is not None and (best is None or load.total_s < best.total_s):
                     best = load
         return best
 
 
-def _load_on(cluster: Cluster, gpu: GpuState, need_bytes: int, now_s: float) -> _Load | None:
+def _load_on(cluster: Cluster, gpu: GpuState, model: str, now_s: float) -> _Load | None:
     """What a load on that GPU would cost others; None: there is no way to make room."""
-    victims = cluster.cache.choose_victims(gpu.memory, need_bytes, now_s)
+    victims = cluster.cache.choose_victims(gpu.memory, cluster.models[model].memory_bytes, now_s)
     if victims is None:
         return None
     prices = cluster.prices
     price_s = sum(prices.price_s(gpu, victim.model, now_s) for victim in victims)
-    return _Load(gpu, price_s, BLOCKING_S * prices.utilisation(gpu, now_s))
+    # Whoever asks for the other residents meanwhile waits for half of the time, on average.
+    busy_s = cluster.load_s(model, gpu) + cluster.inference_s(model, gpu)
+    return _Load(gpu, price_s, prices.utilisation(gpu, now_s) * busy_s / 2)
 
 
 def _lines_of_no_holder(cluster: Cluster, now_s: float) -> tuple[list[_Nowhere], int]:
