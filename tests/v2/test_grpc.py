@@ -250,45 +250,52 @@ def test_parameters_of_every_kind_reach_the_function() -> None:
 
 
 def test_a_stream_of_requests_is_answered_in_order_and_a_streaming_function_item_by_item(tmp_path: Path) -> None:
-    def number(value: int) -> Any:
-        given = triton.InferInput("upto", [1], "INT64")
-        given.set_data_from_numpy(np.array([value], np.int64))
-        return given
+    def ask(request_id: str, model: str, name: str, array: np.ndarray, *, final: bool = False) -> Any:
+        request = InferRequest(model_name=model, id=request_id, raw_input_contents=[array.tobytes()])
+        datatype = "FP32" if array.dtype == np.float32 else "INT64"
+        request.inputs.add(name=name, datatype=datatype, shape=array.shape)
+        if final:
+            request.parameters["triton_enable_empty_final_response"].bool_param = True
+        return request
+
+    requests = [
+        ask("a", "scale", "rows", ROWS),
+        ask("b", "count", "upto", np.array([2]), final=True),
+        ask("c", "absent", "rows", ROWS),
+        ask("d", "count", "upto", np.array([9])),
+        ask("e", "scale", "rows", ROWS[:1]),
+        ask("f", "scale", "rows", ROWS.reshape(3, 2)),
+    ]
 
     async def story() -> None:
         async with service(tmp_path, Count, Scale) as each:
-
-            async def requests() -> AsyncIterator[dict[str, Any]]:
-                yield {"model_name": "scale", "inputs": [rows()], "request_id": "a"}
-                yield {
-                    "model_name": "count",
-                    "inputs": [number(2)],
-                    "request_id": "b",
-                    "parameters": {"triton_enable_empty_final_response": True},
-                }
-                yield {"model_name": "absent", "inputs": [rows()], "request_id": "c"}
-                yield {"model_name": "count", "inputs": [number(9)], "request_id": "d"}
-                yield {"model_name": "scale", "inputs": [rows(ROWS[:1])], "request_id": "e"}
-
+            response = message_class("ModelStreamInferResponse")
+            stream = each.channel.stream_stream(
+                f"/{SERVICE.full_name}/ModelStreamInfer",
+                request_serializer=InferRequest.SerializeToString,
+                response_deserializer=response.FromString,
+            )(iter(requests))
             told: list[Any] = []
-            async for result, error in each.client.stream_infer(requests()):
-                if error is not None:
-                    told.append(str(error))
+            async for answer in stream:
+                inner = answer.infer_response
+                if answer.error_message:
+                    told.append((inner.id, answer.error_message.partition(":")[0]))
                     continue
-                response = result.get_response()
-                final = response.parameters["triton_final_response"].bool_param
-                values = result.as_numpy("output")
-                told.append((response.id, None if values is None else values.tolist(), final))
-            assert told[:4] == [
-                ("a", [3.0, 12.0], True),
-                ("b", [0], False),
-                ("b", [1], False),
-                ("b", None, True),
+                final = inner.parameters["triton_final_response"].bool_param
+                dtype = "<f4" if inner.id in "ae" else "<i8"
+                values = [np.frombuffer(raw, dtype).tolist() for raw in inner.raw_output_contents]
+                told.append((inner.id, values, final))
+            assert told == [
+                ("a", [[3.0, 12.0]], True),
+                ("b", [[0]], False),
+                ("b", [[1]], False),
+                ("b", [], True),
+                ("c", "there is no model 'absent'"),
+                *[("d", [[value]], False) for value in range(5)],
+                ("d", "five is too many"),
+                ("e", [[3.0]], True),
+                ("f", "rows"),
             ]
-            assert "there is no model 'absent'" in told[4]
-            assert told[5:10] == [("d", [value], False) for value in range(5)]
-            assert told[10] == "[StatusCode.INTERNAL] five is too many" or "five is too many" in told[10]
-            assert told[11] == ("e", [3.0], True)
 
     run(story)
 

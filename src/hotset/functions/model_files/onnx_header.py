@@ -60,8 +60,8 @@ def read_header(path: Path) -> Header:
     """
     with path.open("rb") as file:
         try:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
-                return _read_model(view)
+            # Unmapped when the last view of it is gone; an error's traceback may hold some for a while.
+            return _read_model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
         except (ValueError, IndexError, UnicodeDecodeError) as error:
             # An empty file cannot be mapped; one that is no protobuf breaks its own lengths.
             raise FunctionError(f"{path.name} is no ONNX model: {error or 'it ends too early'}") from None
