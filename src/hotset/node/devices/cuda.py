@@ -25,6 +25,7 @@ class Nvml:
         if library is None:
             library = importlib.import_module("pynvml")
         self._library = library
+        self._open = True
         try:
             library.nvmlInit()
         except library.NVMLError as error:
@@ -48,8 +49,11 @@ class Nvml:
         return None
 
     def close(self) -> None:
-        with contextlib.suppress(self._library.NVMLError):
-            self._library.nvmlShutdown()
+        """Once, though each device closes it: NVML counts, and one call too many ends it for others in this process."""
+        if self._open:
+            self._open = False
+            with contextlib.suppress(self._library.NVMLError):
+                self._library.nvmlShutdown()
 
 
 class CudaDevice:

@@ -1,0 +1,1 @@
+"""What `scripts/gpu_check.py` checks, one module per subject."""

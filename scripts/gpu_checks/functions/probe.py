@@ -1,0 +1,189 @@
+"""The functions that the checks run in GPU processes. They import torch at once, as most users' modules do."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import hotset
+
+MIB = 1 << 20
+WIDTH = 1024
+LAYER_BYTES = 4 * WIDTH * WIDTH
+REPETITIONS = 7
+SQUARE = 4096
+
+Figures = dict[str, float | str]
+
+
+@hotset.function
+class Probe:
+    """A stack of linear layers, loaded from a safetensors file, that answers questions about its process."""
+
+    def load(self, device: str) -> None:
+        weights = load_file(os.environ["PROBE_WEIGHTS"])
+        self.device = device
+        self.model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in weights))
+        self.model.load_state_dict(weights)
+        self.model.eval().to(device)
+        self.factor = float(os.environ.get("PROBE_FACTOR", "1"))
+        self.kept: list[torch.Tensor] = []
+
+    def predict(self, what: str, value: float = 0.0) -> Figures:
+        questions: dict[str, Callable[[float], Figures]] = {
+            "scale": self.scale,
+            "device": self.describe_device,
+            "workspace": self.workspace,
+            "release": self.release,
+            "hoard": self.hoard,
+            "fault": self.fault,
+        }
+        return questions[what](value)
+
+    def scale(self, value: float) -> Figures:
+        """The layers are identities: the answer is exactly ``factor * value``, on any device."""
+        with torch.inference_mode():
+            result = self.model(torch.full((1, WIDTH), value, device=self.device))
+        return {"value": self.factor * float(result.mean()), "parent": float(os.getppid()), "pid": float(os.getpid())}
+
+    def describe_device(self, _: float) -> Figures:
+        properties = torch.cuda.get_device_properties(0)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(0)
+        return {
+            "name": properties.name,
+            "uuid": str(properties.uuid),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(0))),
+            "torch": torch.__version__,
+            "cuda": str(torch.version.cuda),
+            "visible": float(torch.cuda.device_count()),
+            "free_bytes": float(free_bytes),
+            "total_bytes": float(total_bytes),
+            **self._allocated(),
+        }
+
+    def workspace(self, mib: float) -> Figures:
+        """Take so much, as a large batch would, and let go of it."""
+        torch.cuda.reset_peak_memory_stats()
+        temporary = torch.ones(int(mib) * MIB, dtype=torch.uint8, device=self.device)
+        torch.cuda.synchronize()
+        del temporary
+        return {"peak_bytes": float(torch.cuda.max_memory_allocated()), **self._allocated()}
+
+    def release(self, _: float) -> Figures:
+        torch.cuda.empty_cache()
+        return self._allocated()
+
+    def hoard(self, mib: float) -> Figures:
+        """Take more than there is."""
+        self.kept.append(torch.ones(int(mib) * MIB, dtype=torch.uint8, device=self.device))
+        return {}
+
+    def fault(self, _: float) -> Figures:
+        """Poison the CUDA context: an index out of range stops a kernel with a device-side assert."""
+        if self.device == "cpu":
+            raise RuntimeError("CUDA error: device-side assert triggered (raised by hand: there is no CUDA here)")
+        table = torch.zeros(4, 8, device=self.device)
+        index = torch.tensor([1 << 20], device=self.device)
+        return {"value": float(torch.nn.functional.embedding(index, table).sum())}
+
+    def _allocated(self) -> Figures:
+        return {
+            "allocated_bytes": float(torch.cuda.memory_allocated()),
+            "reserved_bytes": float(torch.cuda.memory_reserved()),
+        }
+
+
+@hotset.function
+class Greedy:
+    """Wants ``GREEDY_BYTES`` of its device when it loads."""
+
+    def load(self, device: str) -> None:
+        self.weights = torch.ones(int(os.environ["GREEDY_BYTES"]), dtype=torch.uint8, device=device)
+
+    def predict(self) -> int:
+        return self.weights.numel()
+
+
+@hotset.function
+class Copies:
+    """Measures copies between host and device; rates are medians."""
+
+    def load(self, device: str) -> None:
+        self.device = device
+
+    def predict(self, what: str, value: float = 0.0) -> Figures:
+        return self.bandwidth(int(value)) if what == "bandwidth" else self.overlap(int(value))
+
+    def bandwidth(self, mib: int) -> Figures:
+        size_bytes = mib * MIB
+        pageable = torch.ones(size_bytes, dtype=torch.uint8)
+        pinned = torch.ones(size_bytes, dtype=torch.uint8).pin_memory()
+        on_device = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+        layers = [torch.ones(WIDTH, WIDTH, device=self.device) for _ in range(size_bytes // LAYER_BYTES)]
+        parked = [torch.empty(WIDTH, WIDTH).pin_memory() for _ in layers]
+        return {
+            "pageable_gb_per_s": _rate(size_bytes, lambda: on_device.copy_(pageable)),
+            "pinned_gb_per_s": _rate(size_bytes, lambda: on_device.copy_(pinned, non_blocking=True)),
+            "to_pinned_gb_per_s": _rate(size_bytes, lambda: pinned.copy_(on_device, non_blocking=True)),
+            "offload_gb_per_s": _rate(size_bytes, lambda: _copy_all(layers, parked)),
+            "restore_gb_per_s": _rate(size_bytes, lambda: _copy_all(parked, layers)),
+        }
+
+    def overlap(self, mib: int) -> Figures:
+        """A copy on a stream of its own while the default stream computes about as long."""
+        pinned = torch.ones(mib * MIB, dtype=torch.uint8).pin_memory()
+        on_device = torch.empty(mib * MIB, dtype=torch.uint8, device=self.device)
+        square = torch.ones(SQUARE, SQUARE, device=self.device)
+        product = torch.empty_like(square)
+        side = torch.cuda.Stream()
+
+        def copy() -> None:
+            with torch.cuda.stream(side):
+                on_device.copy_(pinned, non_blocking=True)
+
+        def compute(times: int) -> None:
+            for _ in range(times):
+                torch.matmul(square, square, out=product)
+
+        copy_s, once_s = _seconds(copy), _seconds(lambda: compute(1))
+        times = max(1, round(copy_s / once_s))
+        compute_s = _seconds(lambda: compute(times))
+
+        def both() -> None:
+            copy()
+            compute(times)
+
+        overlapped_s = _seconds(both)
+        return {
+            "copy_s": copy_s,
+            "compute_s": compute_s,
+            "overlapped_s": overlapped_s,
+            "ratio": (copy_s + compute_s) / overlapped_s,
+        }
+
+
+def _copy_all(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source, non_blocking=True)
+
+
+def _rate(size_bytes: int, action: Callable[[], Any]) -> float:
+    return size_bytes / _seconds(action) / 1e9
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    """Median time until the device is done; the first time, which also warms up, is not counted."""
+    taken_s = []
+    for _ in range(REPETITIONS + 1):
+        torch.cuda.synchronize()
+        begin_s = time.perf_counter()
+        action()
+        torch.cuda.synchronize()
+        taken_s.append(time.perf_counter() - begin_s)
+    return median(taken_s[1:])

@@ -1,0 +1,260 @@
+"""What the checks stand on: a node of real or virtual GPUs, driven call by call, and the models that run on it."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import cached_property
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import msgspec
+import numpy
+import psutil  # type: ignore[import-untyped]
+from safetensors.numpy import save_file
+
+from gpu_checks.record import Unavailable
+from hotset.node.devices.cuda import Nvml
+from hotset.node.interface import Answer, Call, LaunchSpec, ProcessReport
+from hotset.node.manager import LocalNode
+from hotset.node.spawner import ProcessSource
+from hotset.node.zygote import ZygoteSource
+from hotset.vocabulary import FailureKind, Gpu
+
+FUNCTIONS = Path(__file__).parent / "functions"
+MIB = 1 << 20
+WIDTH = 1024
+LAYER_MIB = 4
+CALL_LIMIT_S = 40.0
+GONE_WITHIN_S = 10.0
+ZYGOTE_WITHIN_S = 40.0
+POOL_SIZE = 1
+FRAMEWORKS = ("torch", "safetensors", "numpy")
+"""What the probes import."""
+
+
+class NodeFailure(Exception):
+    """A load or run that the node reports as failed."""
+
+    def __init__(self, kind: FailureKind, reason: str) -> None:
+        super().__init__(f"{kind.value}: {reason}")
+        self.kind = kind
+        self.reason = reason
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A finished load. ``memory_bytes``: what the node says the model takes."""
+
+    load_s: float
+    memory_bytes: int
+
+
+class KeptSource(ZygoteSource):
+    """Outlives the nodes that take processes from it, so that only the first check waits for torch to be imported."""
+
+    def close(self) -> None:
+        """A node was stopped: nothing."""
+
+    def end(self) -> None:
+        super().close()
+
+
+class Setup:
+    """Where the checks run. ``folder``: for weight files; ``nvml_library``: ``pynvml``; None: virtual GPUs."""
+
+    def __init__(self, folder: Path, *, nvml_library: Any, model_mib: int) -> None:
+        self.folder = folder
+        self.nvml = None if nvml_library is None else Nvml(nvml_library)
+        self.model_mib = model_mib
+        self._nvml_library = nvml_library
+
+    @cached_property
+    def source(self) -> KeptSource:
+        return KeptSource(pool_size=POOL_SIZE)
+
+    def close(self) -> None:
+        """On the loop that ran the checks."""
+        self.source.end()
+        if self.nvml is not None:
+            self.nvml.close()
+
+    @property
+    def virtual(self) -> bool:
+        return self.nvml is None
+
+    @property
+    def model_bytes(self) -> int:
+        return self.model_mib * MIB
+
+    @cached_property
+    def weights(self) -> Path:
+        """A file of identity matrices, ``model_mib`` large: what goes in comes out, exactly, on any device."""
+        path = self.folder / "weights.safetensors"
+        identity = numpy.eye(WIDTH, dtype=numpy.float32)
+        save_file({f"{layer}.weight": identity for layer in range(self.model_mib // LAYER_MIB)}, path)
+        return path
+
+    @cached_property
+    def torch_cuda(self) -> str:
+        """The CUDA version that torch is built for, empty without; asked in a process of its own."""
+        source = "import torch; print(torch.version.cuda or '')"
+        asked = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
+        return asked.stdout.strip()
+
+    def need_cuda(self) -> Nvml:
+        """Raises ``Unavailable`` where there is no GPU, or no torch that could use it."""
+        if self.nvml is None:
+            raise Unavailable("needs a CUDA GPU")
+        self.need_torch()
+        return self.nvml
+
+    def need_torch(self) -> None:
+        if self.nvml is not None and not self.torch_cuda:
+            raise Unavailable("torch is built without CUDA: install a build with it")
+
+    def probe(self, number: int = 1, entry: str = "Probe", **env: str) -> LaunchSpec:
+        """The spec of one of the functions in ``functions/probe.py``; a Probe multiplies by its ``number``."""
+        return LaunchSpec(
+            model=f"{entry.lower()}{number}@1",
+            entry=f"probe:{entry}",
+            code_path=str(FUNCTIONS),
+            python=sys.executable,
+            env={"PROBE_WEIGHTS": str(self.weights), "PROBE_FACTOR": str(number)} | env,
+            memory_bytes=self.model_bytes,
+            frameworks=FRAMEWORKS,
+            timeout_s=CALL_LIMIT_S,
+            load_timeout_s=CALL_LIMIT_S,
+        )
+
+    def local_node(
+        self, *, gpus: int = 1, memory_bytes: int | None = None, source: ProcessSource | None = None
+    ) -> LocalNode:
+        """``gpus`` counts on virtual GPUs only; ``memory_bytes``: by default all there is, or room for four models;
+        ``source``: by default one that is kept from check to check."""
+        if self.nvml is not None:
+            nvml = Nvml(self._nvml_library)  # a node closes its own
+            return LocalNode(cuda=True, memory_bytes=memory_bytes, source=source or self.source, nvml=nvml)
+        memory_bytes = memory_bytes or 4 * self.model_bytes
+        return LocalNode(virtual_gpus=gpus, memory_bytes=memory_bytes, source=source or self.source)
+
+    @asynccontextmanager
+    async def node(
+        self, *, gpus: int = 1, memory_bytes: int | None = None, source: ProcessSource | None = None
+    ) -> AsyncIterator[Driven]:
+        """A started node, stopped at the end whatever happens."""
+        self.need_torch()
+        if source is None:
+            await zygote_ready(self.source)
+        driven = Driven(self.local_node(gpus=gpus, memory_bytes=memory_bytes, source=source))
+        await driven.node.start(driven)
+        try:
+            yield driven
+        finally:
+            await driven.node.stop()
+
+
+async def zygote_ready(source: ZygoteSource) -> None:
+    """Wait until processes come from a zygote that has torch imported."""
+    source.prepare(sys.executable, FRAMEWORKS)
+    async with asyncio.timeout(ZYGOTE_WITHIN_S):
+        while not source.ready(sys.executable):
+            await asyncio.sleep(0.02)
+
+
+class Driven:
+    """A node and its listener: asks for one thing and waits for the answer."""
+
+    def __init__(self, node: LocalNode) -> None:
+        self.node = node
+        self.lost_gpus: list[str] = []
+        self._loop = asyncio.get_running_loop()
+        self._waiting: dict[tuple[str, str], asyncio.Future[Any]] = {}
+        self._bodies: dict[int, bytes] = {}
+        self._last_request_id = 0
+
+    @property
+    def gpus(self) -> list[Gpu]:
+        return list(self.node.gpus)
+
+    async def load(self, spec: LaunchSpec, gpu: int = 0) -> Loaded:
+        """Raises ``NodeFailure``."""
+        gpu_id = self.gpus[gpu].gpu_id
+        future = self._expect(gpu_id, spec.model)
+        self.node.load(gpu_id, spec)
+        loaded: Loaded = await future
+        return loaded
+
+    async def ask(self, spec: LaunchSpec, what: str, value: float = 0.0, gpu: int = 0) -> dict[str, Any]:
+        """One call; raises ``NodeFailure``, also for an answer that is an error."""
+        gpu_id = self.gpus[gpu].gpu_id
+        self._last_request_id = request_id = self._last_request_id + 1
+        future = self._expect(gpu_id, spec.model)
+        body = msgspec.json.encode({"what": what, "value": value})
+        self.node.run(gpu_id, spec.model, [Call(request_id=request_id, body=body)])
+        await future
+        answer: dict[str, Any] = msgspec.json.decode(self._bodies.pop(request_id))
+        if "error" in answer:
+            raise NodeFailure(FailureKind.ERROR, str(answer["error"]))
+        return answer
+
+    async def unload(self, spec: LaunchSpec, gpu: int = 0) -> float:
+        """Returns the seconds until its process was gone."""
+        gpu_id = self.gpus[gpu].gpu_id
+        pid = self.report(spec, gpu).pid
+        begin_s = monotonic()
+        self.node.unload(gpu_id, spec.model)
+        while psutil.pid_exists(pid):
+            if monotonic() - begin_s > GONE_WITHIN_S:
+                raise TimeoutError(f"process {pid} is there {GONE_WITHIN_S:g} s after its unload")
+            await asyncio.sleep(0.002)
+        return monotonic() - begin_s
+
+    def report(self, spec: LaunchSpec, gpu: int = 0) -> ProcessReport:
+        """What the node says of a resident model's process."""
+        gpu_id = self.gpus[gpu].gpu_id
+        return next(each for each in self.node.processes() if (each.gpu_id, each.model) == (gpu_id, spec.model))
+
+    def _expect(self, gpu_id: str, model: str) -> asyncio.Future[Any]:
+        future = self._waiting[gpu_id, model] = self._loop.create_future()
+        return future
+
+    def _settle(self, gpu_id: str, model: str, result: Loaded | NodeFailure | None) -> None:
+        future = self._waiting.pop((gpu_id, model), None)
+        if future is None or future.done():
+            return
+        if isinstance(result, NodeFailure):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    # NodeListener
+
+    def loaded(self, gpu_id: str, model: str, load_s: float, memory_bytes: int | None) -> None:
+        self._settle(gpu_id, model, Loaded(load_s, memory_bytes or 0))
+
+    def load_failed(
+        self, gpu_id: str, model: str, kind: FailureKind, reason: str, memory_bytes: int | None = None
+    ) -> None:
+        self._settle(gpu_id, model, NodeFailure(kind, reason))
+
+    def answered(self, answer: Answer) -> None:
+        self._bodies[answer.request_id] = bytes(answer.body)
+
+    def run_finished(self, gpu_id: str, model: str, inference_s: float) -> None:
+        self._settle(gpu_id, model, None)
+
+    def run_failed(self, gpu_id: str, model: str, kind: FailureKind, reason: str, answered: tuple[int, ...]) -> None:
+        self._settle(gpu_id, model, NodeFailure(kind, reason))
+
+    def process_lost(self, gpu_id: str, model: str, reason: str) -> None:
+        self._settle(gpu_id, model, NodeFailure(FailureKind.CRASH, reason))
+
+    def gpu_lost(self, gpu_id: str, reason: str) -> None:
+        self.lost_gpus.append(f"{gpu_id}: {reason}")
+
+    def logged(self, model: str, line: str) -> None:
+        """Reasons of failures come with the failures."""
