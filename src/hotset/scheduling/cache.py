@@ -1,7 +1,8 @@
 """The Cache Manager: which model is in which GPU's memory, and who must go to make room.
 
-It owns every GPU's memory account. A model's bytes are reserved when its load is decided and given back when its unload
-is decided, so the account never exceeds the capacity, whatever the world does meanwhile.
+It owns every GPU's memory account, and each node's account of parked models (``scheduling/parking.py``). A model's bytes
+are reserved when its load is decided and given back when its unload is decided, so no account ever exceeds its capacity,
+whatever the world does meanwhile.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hotset.errors import InvariantError
+from hotset.scheduling.parking import HostMemory, ParkedSize, Room
 from hotset.vocabulary import Residency
 
 if TYPE_CHECKING:
@@ -21,7 +23,18 @@ if TYPE_CHECKING:
 class Resident:
     """One model on one GPU."""
 
-    __slots__ = ("in_use", "last_used_s", "loaded_s", "memory_bytes", "model", "state", "uses")
+    __slots__ = (
+        "ahead",
+        "device_bytes",
+        "host_bytes",
+        "in_use",
+        "last_used_s",
+        "loaded_s",
+        "memory_bytes",
+        "model",
+        "state",
+        "uses",
+    )
 
     def __init__(self, model: str, memory_bytes: int, now_s: float) -> None:
         self.model = model
@@ -32,18 +45,33 @@ class Resident:
         self.loaded_s = now_s
         self.last_used_s = now_s
         self.uses = 0
+        self.ahead = False
+        """Loaded before a request was bound to it, and not used since."""
+        self.host_bytes = 0
+        """Host memory on its node's account: while WARM, and until a restore is done."""
+        self.device_bytes = 0
+        """GPU memory that its process holds while WARM."""
 
 
 @dataclass(slots=True, eq=False)
 class GpuMemory:
-    """The account of one GPU's memory. ``residents`` is in order of last use, oldest first (the paper's LRU list)."""
+    """The account of one GPU's memory. ``residents`` (LOADING or HOT) is in order of last use, oldest first (the paper's
+    LRU list)."""
 
     gpu_id: str
     capacity_bytes: int
+    host: HostMemory
+    """Of its node."""
     used_bytes: int = 0
     residents: OrderedDict[str, Resident] = field(default_factory=OrderedDict)
     version: int = 0
     """Changes whenever the residents do."""
+    parked: dict[str, Resident] = field(default_factory=dict)
+    """WARM models: not resident, but quickly back on this GPU."""
+    parked_bytes: int = 0
+    """What their processes hold of this GPU's memory; part of ``used_bytes``."""
+    copying: str | None = None
+    """The model whose load or restore is in flight on the copy lane (``SchedulerConfig.overlap``)."""
 
     @property
     def free_bytes(self) -> int:
@@ -85,24 +113,40 @@ class EvictionPolicy:
 
 
 class CacheManager:
-    """Residency of all GPUs (paper, Cache Manager): hit or miss, victims, accounts."""
+    """Residency of all GPUs (paper, Cache Manager): hit or miss, victims, accounts.
 
-    def __init__(self, eviction: EvictionPolicy) -> None:
+    ``host_memory_bytes``: what parked models may take on each node; 0: none is ever parked.
+    """
+
+    def __init__(self, eviction: EvictionPolicy, host_memory_bytes: int = 0) -> None:
         self.eviction = eviction
-        self._memories: dict[str, GpuMemory] = {}
-        self._holders: dict[str, dict[str, None]] = {}
+        self.host_memory_bytes = host_memory_bytes
         self.evictions = 0
+        self.useless_prefetches = 0
+        """Models that were loaded ahead and left without a run."""
+        self._memories: dict[str, GpuMemory] = {}
+        self._hosts: dict[str, HostMemory] = {}
+        self._holders: dict[str, dict[str, None]] = {}
+        self._parked_on: dict[str, dict[str, None]] = {}
+        self._sizes: dict[str, ParkedSize] = {}
 
-    def add_gpu(self, gpu_id: str, capacity_bytes: int) -> GpuMemory:
-        memory = self._memories[gpu_id] = GpuMemory(gpu_id, capacity_bytes)
+    def add_gpu(self, gpu_id: str, capacity_bytes: int, node: str = "local") -> GpuMemory:
+        host = self._hosts.get(node)
+        if host is None:
+            host = self._hosts[node] = HostMemory(self.host_memory_bytes)
+        memory = self._memories[gpu_id] = GpuMemory(gpu_id, capacity_bytes, host)
         return memory
 
-    def drop_gpu(self, gpu_id: str) -> list[str]:
-        """Forget a lost GPU; returns the models that were on it."""
-        models = list(self._memories.pop(gpu_id).residents)
-        for model in models:
+    def drop_gpu(self, gpu_id: str) -> None:
+        """Forget a lost GPU with all that was on it or parked for it."""
+        memory = self._memories.pop(gpu_id)
+        for model in list(memory.parked):
+            self.unpark(memory, model)
+        for model, resident in memory.residents.items():
+            memory.host.used_bytes -= resident.host_bytes
             self._forget_holder(model, gpu_id)
-        return models
+        if all(other.host is not memory.host for other in self._memories.values()):
+            self._hosts = {node: host for node, host in self._hosts.items() if host is not memory.host}
 
     def memory(self, gpu_id: str) -> GpuMemory:
         return self._memories[gpu_id]
@@ -114,23 +158,136 @@ class CacheManager:
         """GPU ids that hold the model (HOT or LOADING), in the order they got it."""
         return self._holders.get(model, ())
 
+    def parked_on(self, model: str) -> Collection[str]:
+        """GPU ids where the model is WARM, in the order it was parked there."""
+        return self._parked_on.get(model, ())
+
     def copies(self, model: str) -> int:
         """How many GPUs hold the model."""
         held = self._holders.get(model)
         return len(held) if held is not None else 0
 
-    def choose_victims(self, memory: GpuMemory, need_bytes: int, now_s: float) -> list[Resident] | None:
-        """Residents to evict so that ``need_bytes`` fit, in the eviction policy's order; None if that cannot be."""
-        missing = need_bytes - memory.free_bytes
+    # Room
+
+    def choose_victims(
+        self, memory: GpuMemory, need_bytes: int, now_s: float, spared: Collection[str] = ()
+    ) -> list[Resident] | None:
+        """Residents to evict so that ``need_bytes`` fit, in the eviction policy's order; None if that cannot be now.
+
+        What parked models hold of the GPU counts as free: they go before anyone who is HOT. ``spared``: models to leave
+        alone, as if they were in use.
+        """
+        if memory.copying is not None:
+            return None
+        missing = need_bytes - memory.free_bytes - memory.parked_bytes
         if missing <= 0:
             return []
-        return self.eviction.choose(memory, missing, now_s)
+        if not spared:
+            return self.eviction.choose(memory, missing, now_s)
+        shielded = [
+            resident for model, resident in memory.residents.items() if model in spared and not resident.in_use
+        ]
+        for resident in shielded:
+            resident.in_use = True  # all that an eviction policy knows of being spared
+        victims = self.eviction.choose(memory, missing, now_s)
+        for resident in shielded:
+            resident.in_use = False
+        return victims
+
+    def room_for(self, memory: GpuMemory, model: str, need_bytes: int, victims: list[Resident]) -> Room:
+        """How these victims make the room for which they were chosen: each is offloaded if that is worth it."""
+        own = memory.parked.get(model)
+        room = Room(victims, [], [], [])
+        missing = need_bytes - memory.free_bytes - (own.device_bytes if own is not None else 0)
+        host_free_bytes = memory.host.free_bytes
+        for victim in victims:
+            size = self._parked_size(victim)
+            if size.host_bytes <= memory.host.capacity_bytes and self._worth_parking(memory, victim, size):
+                leaving = self._host_room(memory, victim, size.host_bytes - host_free_bytes, room.forgotten, own)
+                if leaving is not None:
+                    room.forgotten += leaving
+                    room.offloaded.append(victim)
+                    host_free_bytes += sum(parked.host_bytes for parked in leaving) - size.host_bytes
+                    missing -= victim.memory_bytes - size.device_bytes
+                    missing -= sum(parked.device_bytes for parked in leaving if memory.parked.get(parked.model) is parked)
+                    continue
+            room.unloaded.append(victim)
+            missing -= victim.memory_bytes
+        if missing > 0:
+            self._reclaim(memory, room, own, missing)
+        return room
+
+    def _worth_parking(self, memory: GpuMemory, victim: Resident, size: ParkedSize) -> bool:
+        """It frees something, and leaving and coming back takes less time than being loaded anew."""
+        if size.device_bytes >= victim.memory_bytes:
+            return False
+        cluster = self.eviction.cluster
+        profiles, kind = cluster.profiles, cluster.gpus[memory.gpu_id].kind
+        back_s = profiles.offload_s(victim.model, kind) + profiles.restore_s(victim.model, kind)
+        return back_s < profiles.load_s(victim.model, kind)
+
+    def _host_room(
+        self, memory: GpuMemory, victim: Resident, missing: int, gone: list[Resident], own: Resident | None
+    ) -> list[Resident] | None:
+        """Parked models to forget so that the victim can be parked; None: all there are are worth more than it.
+
+        Models that somebody waits for are worth most, then those that are on no other GPU, then those used last.
+        """
+        if missing <= 0:
+            return []
+        ranked = sorted(
+            (self._worth(parked, parked=1), number, parked)
+            for number, parked in enumerate(memory.host.parked)
+            if parked is not own and parked not in gone
+        )
+        worth, leaving = self._worth(victim, parked=0), list[Resident]()
+        for other_worth, _, parked in ranked:
+            if other_worth > worth:
+                return None
+            leaving.append(parked)
+            missing -= parked.host_bytes
+            if missing <= 0:
+                return leaving
+        return None
+
+    def _worth(self, resident: Resident, *, parked: int) -> tuple[bool, bool, float]:
+        model = resident.model
+        elsewhere = self.copies(model) + len(self.parked_on(model)) > 1
+        return model in self.eviction.cluster.queue.models, not elsewhere, resident.last_used_s
+
+    def _reclaim(self, memory: GpuMemory, room: Room, own: Resident | None, missing: int) -> None:
+        """Take back what parked processes hold of the GPU, longest parked first; then park fewer of the victims."""
+        for parked in memory.parked.values():
+            if missing > 0 and parked is not own and parked not in room.forgotten and parked.device_bytes:
+                room.forgotten.append(parked)
+                missing -= parked.device_bytes
+        while missing > 0:
+            victim = room.offloaded.pop()
+            room.unloaded.append(victim)
+            missing -= self._parked_size(victim).device_bytes
+
+    def _parked_size(self, resident: Resident) -> ParkedSize:
+        return self._sizes.get(resident.model) or ParkedSize(device_bytes=0, host_bytes=resident.memory_bytes)
+
+    # Changes
 
     def reserve(self, memory: GpuMemory, model: str, memory_bytes: int, now_s: float) -> Resident:
-        """Account for a load that is about to start."""
-        if model in memory.residents or memory_bytes > memory.free_bytes:
+        """Account for a load or a restore that is about to start."""
+        resident = memory.parked.get(model)
+        held_bytes = resident.device_bytes if resident is not None else 0
+        if model in memory.residents or memory_bytes > memory.free_bytes + held_bytes:
             raise InvariantError(f"{model} cannot be reserved on {memory.gpu_id}: it is there, or there is no room")
-        resident = memory.residents[model] = Resident(model, memory_bytes, now_s)
+        if resident is None:
+            resident = Resident(model, memory_bytes, now_s)
+        else:
+            host_bytes = resident.host_bytes
+            self.unpark(memory, model)
+            resident.host_bytes = host_bytes
+            memory.host.used_bytes += host_bytes
+            resident.memory_bytes = memory_bytes
+            resident.state = Residency.LOADING
+            resident.loaded_s = now_s
+        memory.residents[model] = resident
         memory.used_bytes += memory_bytes
         memory.version += 1
         self._holders.setdefault(model, {})[memory.gpu_id] = None
@@ -140,6 +297,8 @@ class CacheManager:
         """LOADING -> HOT. A measured size replaces the reserved one if the account allows it."""
         resident = memory.residents[model]
         resident.state = Residency.HOT
+        memory.host.used_bytes -= resident.host_bytes
+        resident.host_bytes = 0
         if memory_bytes is not None:
             # A node lets no process grow past its reservation, so this only ever gives memory back.
             measured = min(memory_bytes, resident.memory_bytes + memory.free_bytes)
@@ -153,6 +312,7 @@ class CacheManager:
         resident = residents[model]
         residents.move_to_end(model)
         resident.in_use = True
+        resident.ahead = False
         resident.last_used_s = now_s
         resident.uses += 1
         self.eviction.used(memory, resident)
@@ -162,17 +322,68 @@ class CacheManager:
         """The run is over."""
         memory.residents[model].in_use = False
 
-    def drop(self, memory: GpuMemory, model: str) -> None:
-        """The model is no longer on the GPU: evicted, unloaded, or its process died."""
+    def drop(self, memory: GpuMemory, model: str) -> Resident:
+        """The model is no longer in the GPU's memory: evicted, unloaded, or its process died."""
         resident = memory.residents.pop(model)
         memory.used_bytes -= resident.memory_bytes
         memory.version += 1
+        memory.host.used_bytes -= resident.host_bytes
+        resident.host_bytes = 0
+        self.useless_prefetches += resident.ahead
+        resident.ahead = False
         self._forget_holder(model, memory.gpu_id)
+        return resident
 
     def evict(self, memory: GpuMemory, resident: Resident) -> None:
         """Count a resident that leaves to make room, just before it is dropped."""
         self.evictions += 1
         self.eviction.evicted(memory, resident)
+
+    def park(self, memory: GpuMemory, resident: Resident) -> None:
+        """Account for an offload that is about to start, of a model that was just dropped."""
+        size = self._parked_size(resident)
+        resident.state = Residency.WARM
+        resident.device_bytes, resident.host_bytes = size.device_bytes, size.host_bytes
+        memory.parked[resident.model] = resident
+        memory.parked_bytes += size.device_bytes
+        memory.used_bytes += size.device_bytes
+        memory.host.parked[resident] = memory
+        memory.host.used_bytes += size.host_bytes
+        if memory.used_bytes > memory.capacity_bytes or memory.host.used_bytes > memory.host.capacity_bytes:
+            raise InvariantError(f"{resident.model} cannot be parked for {memory.gpu_id}: there is no room")
+        self._parked_on.setdefault(resident.model, {})[memory.gpu_id] = None
+
+    def parked(self, memory: GpuMemory, model: str, size: ParkedSize) -> bool:
+        """An offload is done and measured; False: it takes more than there is, and must go."""
+        self._sizes[model] = size
+        resident = memory.parked.get(model)
+        if resident is None:
+            return True  # it is on its way back already, or gone
+        device_bytes, host_bytes = size.device_bytes - resident.device_bytes, size.host_bytes - resident.host_bytes
+        if device_bytes > memory.free_bytes or host_bytes > memory.host.free_bytes:
+            return False
+        resident.device_bytes, resident.host_bytes = size.device_bytes, size.host_bytes
+        memory.parked_bytes += device_bytes
+        memory.used_bytes += device_bytes
+        memory.host.used_bytes += host_bytes
+        return True
+
+    def unpark(self, memory: GpuMemory, model: str) -> None:
+        """The model is no longer WARM: it comes back, was forgotten, or its process died."""
+        resident = memory.parked.pop(model)
+        del memory.host.parked[resident]
+        memory.parked_bytes -= resident.device_bytes
+        memory.used_bytes -= resident.device_bytes
+        memory.host.used_bytes -= resident.host_bytes
+        resident.host_bytes = resident.device_bytes = 0
+        held = self._parked_on[model]
+        del held[memory.gpu_id]
+        if not held:
+            del self._parked_on[model]
+
+    def forget(self, model: str) -> None:
+        """Nobody will ask for the model again."""
+        self._sizes.pop(model, None)
 
     def _forget_holder(self, model: str, gpu_id: str) -> None:
         held = self._holders[model]

@@ -41,14 +41,31 @@ class PricedResident(msgspec.Struct, frozen=True, gc=False):
 
 
 class _GpuPrices:
-    __slots__ = ("fresh_until_s", "memory", "priced", "utilisation", "version")
+    """Prices of one GPU's residents, as long as they are the same and were priced lately."""
+
+    __slots__ = ("checked", "fresh_until_s", "memory", "priced", "utilisation", "version", "victims")
 
     def __init__(self, memory: GpuMemory, utilisation: float, now_s: float) -> None:
         self.memory = memory
         self.version = memory.version
         self.fresh_until_s = now_s + FRESH_S
         self.utilisation = utilisation
-        self.priced: dict[str, PricedResident] | None = None
+        self.checked = -1
+        """Version of the cluster's residency for which ``priced`` is known to hold."""
+        self.priced: dict[str, PricedResident] = {}
+        self.victims: dict[int, list[Resident]] = {}
+        """Cheapest victims by the bytes they had to free."""
+
+
+class _Demand:
+    """What a model's callers wait for its holders, within the horizon."""
+
+    __slots__ = ("copies", "fresh_until_s", "waiting_s")
+
+    def __init__(self, copies: int, waiting_s: float, now_s: float) -> None:
+        self.copies = copies
+        self.waiting_s = waiting_s
+        self.fresh_until_s = now_s + FRESH_S
 
 
 class Prices:
@@ -59,6 +76,7 @@ class Prices:
         self._cache: CacheManager = cluster.cache
         self._rates: ArrivalRates = cluster.rates
         self._gpus: dict[str, _GpuPrices] = {}
+        self._demands: dict[str, _Demand] = {}
 
     def left(self, gpu_id: str) -> None:
         self._gpus.pop(gpu_id, None)
@@ -67,9 +85,13 @@ class Prices:
         """The share of its time that requests for its residents take, were each spread evenly over its copies."""
         return self._of(gpu, now_s).utilisation
 
-    def price_s(self, gpu: GpuState, model: str, now_s: float) -> float:
-        """What losing the copy of a resident model would cost its callers."""
-        return self._priced(gpu, now_s)[model].price_s
+    def price_s(self, gpu: GpuState, victims: Sequence[Resident], now_s: float) -> float:
+        """What losing these residents would cost their callers."""
+        priced = self._priced(gpu, now_s).priced
+        price_s = 0.0
+        for victim in victims:
+            price_s += priced[victim.model].price_s
+        return price_s
 
     def cheapest_victims(self, gpu: GpuState, missing_bytes: int, now_s: float) -> list[Resident] | None:
         """The residents whose going makes that much room for least; models that somebody waits for only in need.
@@ -77,24 +99,42 @@ class Prices:
         Exact for up to ``MOST_COMPARED`` residents; with more, the cheapest ones until there is room, less those that
         prove not to be needed. None: the room cannot be made.
         """
-        lines = self._cluster.queue.models
-        ranked = [priced for priced in self._priced(gpu, now_s).values() if not priced.resident.in_use]
-        unwanted = [priced for priced in ranked if priced.resident.model not in lines]
-        for candidates in (unwanted, ranked) if len(unwanted) < len(ranked) else (ranked,):
+        prices = self._priced(gpu, now_s)
+        lines, residents = self._cluster.queue.models, gpu.memory.residents
+        usual = gpu.work is None and (not lines or lines.keys().isdisjoint(residents))
+        if usual:
+            known = prices.victims.get(missing_bytes)
+            if known is not None:
+                return known
+        ranked = [priced for priced in prices.priced.values() if not priced.resident.in_use]
+        unwanted = ranked if usual else [priced for priced in ranked if priced.resident.model not in lines]
+        for candidates in (unwanted, ranked):
             if sum(priced.resident.memory_bytes for priced in candidates) >= missing_bytes:
-                if len(candidates) <= MOST_COMPARED:
-                    return _cheapest(candidates, missing_bytes)
-                return _cheap(candidates, missing_bytes)
+                victims = (_cheapest if len(candidates) <= MOST_COMPARED else _cheap)(candidates, missing_bytes)
+                if usual:
+                    prices.victims[missing_bytes] = victims
+                return victims
         return None
 
     def another_copy_s(self, gpu: GpuState, model: str, now_s: float) -> float:
         """Waiting that one more copy, on that GPU, would save within the horizon. The model has at least one."""
+        demand = self._demand(gpu, model, now_s)
+        return demand.waiting_s * (1.0 - self.utilisation(gpu, now_s) * demand.copies / (demand.copies + 1))
+
+    def forget(self, model: str) -> None:
+        """The model is gone for good."""
+        self._demands.pop(model, None)
+
+    def _demand(self, gpu: GpuState, model: str, now_s: float) -> _Demand:
         copies = self._cache.copies(model)
-        if copies > MANY_COPIES:
-            return 0.0
-        all_busy = self._all_busy(model, None, now_s)
-        demand = self._rates.per_s(model, now_s) * HORIZON_S * self._cluster.inference_s(model, gpu)
-        return demand * (all_busy / copies - all_busy * self.utilisation(gpu, now_s) / (copies + 1))
+        demand = self._demands.get(model)
+        if demand is None or demand.copies != copies or now_s >= demand.fresh_until_s:
+            waiting_s = 0.0
+            if copies <= MANY_COPIES:
+                runs_s = self._rates.per_s(model, now_s) * HORIZON_S * self._cluster.inference_s(model, gpu)
+                waiting_s = runs_s * self._all_busy(model, None, now_s) / copies
+            demand = self._demands[model] = _Demand(copies, waiting_s, now_s)
+        return demand
 
     def _loss_s(self, gpu: GpuState, model: str, now_s: float) -> float:
         """The last copy: the next request pays a load, if it comes within the horizon. Another: more waiting."""
@@ -137,23 +177,22 @@ class Prices:
             prices = self._gpus[gpu.gpu_id] = _GpuPrices(memory, utilisation, now_s)
         return prices
 
-    def _priced(self, gpu: GpuState, now_s: float) -> dict[str, PricedResident]:
-        """The GPU's residents by model, cheapest to lose first."""
-        prices, copies = self._of(gpu, now_s), self._cache.copies
-        priced = prices.priced
-        if priced is not None:
-            for model, one in priced.items():
-                if one.copies != copies(model):
-                    break
-            else:
-                return priced
-        ranked = [
-            PricedResident(self._loss_s(gpu, model, now_s), resident, copies(model))
-            for model, resident in gpu.memory.residents.items()
-        ]
-        ranked.sort(key=_by_price)
-        priced = prices.priced = {one.resident.model: one for one in ranked}
-        return priced
+    def _priced(self, gpu: GpuState, now_s: float) -> _GpuPrices:
+        """The GPU's prices, with its residents in order, cheapest to lose first."""
+        prices = self._of(gpu, now_s)
+        version = self._cache.version
+        if prices.checked != version:
+            copies = self._cache.copies
+            if prices.checked < 0 or any(one.copies != copies(model) for model, one in prices.priced.items()):
+                ranked = [
+                    PricedResident(self._loss_s(gpu, model, now_s), resident, copies(model))
+                    for model, resident in gpu.memory.residents.items()
+                ]
+                ranked.sort(key=_by_price)
+                prices.priced = {one.resident.model: one for one in ranked}
+                prices.victims = {}
+            prices.checked = version
+        return prices
 
 
 def _by_price(priced: PricedResident) -> float:

@@ -434,6 +434,7 @@ class Scheduler:
             self.cluster.models.pop(name, None)
             self.profiles.remove(name)
             self.cluster.rates.forget(name)
+            self.cluster.prices.forget(name)
             self.quarantine.succeeded(name)
 
     def _learn_memory(self, name: str, memory_bytes: int) -> None:

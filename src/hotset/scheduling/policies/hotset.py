@@ -15,6 +15,8 @@ MOST_GPUS = 16
 """GPUs compared for one load."""
 MOST_LINES = 64
 """Models waited for that are compared for one load; lines are in order of their beginning, about oldest first."""
+MOST_COPIED = 12
+"""Models waited for that are considered for a further copy."""
 MOST_DEFERRED = 4
 """Models whose load may be put off in one decision before the rest waits for the next event."""
 MOST_HELPED = 16
@@ -46,6 +48,16 @@ class _Nowhere(msgspec.Struct, frozen=True, gc=False, order=True):
 
     rank: float
     model: str
+
+
+class _Copy(msgspec.Struct, frozen=True, gc=False, order=True):
+    """A model that is worth a further copy, if room for it is cheap enough; the worthiest sorts first."""
+
+    rank: float
+    model: str
+    gain_s: float
+    helped: int
+    wait_s: float
 
 
 class Hotset:
@@ -137,28 +149,26 @@ class Hotset:
 
     def _copy(self, cluster: Cluster, head: Entry, gpu_time_price: float, now_s: float) -> Placement | None:
         """Load one more copy of a model, for the first of its line whom no holder can start before the load is done."""
-        best: Placement | None = None
-        best_gain = 0.0
-        prices, first = cluster.prices, next(iter(cluster.idle))
-        for model, line in islice(cluster.queue.models.items(), MOST_LINES):
+        candidates: list[_Copy] = []
+        prices, gpu = cluster.prices, next(iter(cluster.idle))
+        for model, line in islice(cluster.queue.models.items(), MOST_COPIED):
             holder = cluster.earliest_holder(model)
-            if holder is None:
-                continue
-            load_s, inference_s = cluster.load_s(model, first), cluster.inference_s(model, first)
-            wait_s = _wait_for(cluster, holder, model, line[0], now_s)
-            saved_s, helped = _saved(len(line), wait_s, load_s, inference_s, cluster.cache.copies(model))
-            gain_s = saved_s - gpu_time_price * load_s
-            if gain_s + prices.another_copy_s(first, model, now_s) <= best_gain * load_s:
-                continue
-            load = self._cheapest_load(cluster, model, now_s)
-            if load is None:
-                continue
-            gain_s += prices.another_copy_s(load.gpu, model, now_s) - load.price_s
-            if gain_s > best_gain * load_s:
-                best_gain = gain_s / load_s
-                entry = line[-max(helped, 1)]
-                best = Placement(entry, load.gpu, Rule.EXTRA_COPY, skips=entry is not head, waited_s=wait_s)
-        return best
+            if holder is not None:
+                load_s = cluster.load_s(model, gpu)
+                wait_s = _wait_for(cluster, holder, model, line[0], now_s)
+                saved_s, helped = _saved(
+                    len(line), wait_s, load_s, cluster.inference_s(model, gpu), cluster.cache.copies(model)
+                )
+                gain_s = saved_s + prices.another_copy_s(gpu, model, now_s) - gpu_time_price * load_s
+                if gain_s > 0.0:
+                    candidates.append(_Copy(-gain_s / load_s if load_s else -math.inf, model, gain_s, helped, wait_s))
+        candidates.sort()
+        for copy in candidates[:MOST_DEFERRED]:
+            load = self._cheapest_load(cluster, copy.model, now_s)
+            if load is not None and load.price_s < copy.gain_s:
+                entry = cluster.queue.models[copy.model][-max(copy.helped, 1)]
+                return Placement(entry, load.gpu, Rule.EXTRA_COPY, skips=entry is not head, waited_s=copy.wait_s)
+        return None
 
     def _cheapest_load(self, cluster: Cluster, model: str, now_s: float) -> _Load | None:
         """The idle GPU on which room for the model costs least; the one idle longest of equals."""
@@ -178,7 +188,7 @@ def _load_on(cluster: Cluster, gpu: GpuState, model: str, now_s: float) -> _Load
     if victims is None:
         return None
     prices = cluster.prices
-    price_s = sum(prices.price_s(gpu, victim.model, now_s) for victim in victims)
+    price_s = prices.price_s(gpu, victims, now_s) if victims else 0.0
     # Whoever asks for the other residents meanwhile waits for half of the time, on average.
     busy_s = cluster.load_s(model, gpu) + cluster.inference_s(model, gpu)
     return _Load(gpu, price_s, prices.utilisation(gpu, now_s) * busy_s / 2)
