@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,7 @@ class InProcessNode:
         pass
 
     def load(self, gpu_id: str, spec: LaunchSpec) -> None:
+        sys.modules.pop(spec.entry.partition(":")[0], None)  # a process of its own would not know the last one's
         try:
             target = self.targets.get(spec.entry) or load_entry(spec.code_path, spec.entry, reload=True)
             runtime = Runtime(target)
