@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 test: check ## Run `check`, then every test, and hold the coverage floors (90% overall, scheduling 100%)
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest --numprocesses auto --dist loadfile
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 	$(BIN)/coverage report --include='src/hotset/scheduling/*' --fail-under=100

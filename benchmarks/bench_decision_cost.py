@@ -1,6 +1,6 @@
 """What one event costs the scheduler, under every policy: CPU time of ``Scheduler.handle``, p50 and p99.
 
-    python benchmarks/decision_cost.py [POLICY ...]
+    python benchmarks/bench_decision_cost.py [POLICY ...]
 
 Bars: p99 of 30 us at 12 GPUs and 35 functions, of 100 us at 1,000 GPUs and 10,000 functions with 10,000 requests
 waiting. Every completion is followed by an arrival, so that as many requests wait from the first event to the last.

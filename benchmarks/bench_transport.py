@@ -1,6 +1,6 @@
 """What the way to a GPU process and back costs, beside the least it could cost on this machine.
 
-    python benchmarks/transport.py [--json]
+    python benchmarks/bench_transport.py [--json]
 
 Two pairs of figures, each pair measured in turns so that other load on the machine hits both alike:
 

@@ -1,6 +1,6 @@
 """How fast the simulator is, whether its cost per request stays flat, and whether its memory does.
 
-    python benchmarks/simulator_speed.py
+    python benchmarks/bench_simulator_speed.py
 
 CPU time of one core; medians of five. Bars: 50,000 simulated requests a second at 12 GPUs and 35 functions under
 lalb_o3; at 1,000 GPUs and 10,000 functions, kept about 80 % busy, at most 3 times the cost per request.
