@@ -374,7 +374,7 @@ def test_statistics_configuration_and_trace_settings(tmp_path: Path) -> None:
             assert config["input"][1]["optional"] is True
 
             for path in ("/v2/trace/setting", "/v2/models/scale/trace/setting"):
-                assert (await world.http.post(path)).json()["trace_level"] == ["OFF"]
+                assert (await world.http.get(path)).json()["trace_level"] == ["OFF"]
                 assert (await world.http.post(path, json={"trace_level": ["OFF"]})).status_code == 200
                 on = await world.http.post(path, json={"trace_level": ["TIMESTAMPS"]})
                 assert on.status_code == 400

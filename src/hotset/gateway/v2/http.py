@@ -27,6 +27,11 @@ _OCTETS = b"application/octet-stream"
 _LENGTH = b"inference-header-content-length"
 _encode = msgspec.json.Encoder().encode
 
+Methods = tuple[str, ...]
+GET: Methods = ("GET",)
+POST: Methods = ("POST",)
+GET_OR_POST = (*GET, *POST)
+
 Handler = Callable[[list[str], bytes], Awaitable[Any]]
 """Gets the variable parts of the path and the body; returns what is sent as JSON (None: nothing)."""
 
@@ -100,9 +105,10 @@ class V2Http:
     # Everything else
 
     async def _answer(self, parts: list[str], scope: Scope, receive: Receive, send: Send) -> None:
-        handler, method, variables = self._find(parts)
-        if scope["method"] not in (method, "HEAD" if method == "GET" else method):
-            raise Refusal(405, f"{scope['path'][:200]} takes {method}")
+        handler, methods, variables = self._find(parts)
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        if method not in methods:
+            raise Refusal(405, f"{scope['path'][:200]} takes {' or '.join(methods)}")
         body = b""
         if method == "POST":
             read = await self._bodies.read(dict(scope["headers"]), receive, MAX_JSON_BYTES)
@@ -113,38 +119,38 @@ class V2Http:
         content = b"" if answer is None else _encode(answer)
         await _respond(send, 200, content)
 
-    def _find(self, parts: list[str]) -> tuple[Handler, str, list[str]]:
-        """The handler of a path, the method it takes, and the variable parts; raises ``Refusal`` (404)."""
+    def _find(self, parts: list[str]) -> tuple[Handler, Methods, list[str]]:
+        """The handler of a path, the methods it takes, and the variable parts; raises ``Refusal`` (404)."""
         match parts:
             case [""]:
-                return self._server, "GET", []
+                return self._server, GET, []
             case ["health", ("live" | "ready") as what]:
-                return self._health, "GET", [what]
+                return self._health, GET, [what]
             case ["models", "stats"]:
-                return self._statistics, "GET", []
+                return self._statistics, GET, []
             case ["models", *rest, ("ready" | "config" | "stats") as what] if rest:
-                return getattr(self, f"_model_{what}"), "GET", list(_model(rest))
+                return getattr(self, f"_model_{what}"), GET, list(_model(rest))
             case ["models", name, "trace", "setting"]:
-                return self._trace, "POST", [name]
+                return self._trace, GET_OR_POST, [name]
             case ["models", *rest]:
-                return self._metadata, "GET", list(_model(rest))
+                return self._metadata, GET, list(_model(rest))
             case ["repository", "index"]:
-                return self._index, "POST", []
+                return self._index, POST, []
             case ["repository", "models", name, ("load" | "unload") as what]:
-                return getattr(self, f"_{what}"), "POST", [name]
+                return getattr(self, f"_{what}"), POST, [name]
             case ["trace", "setting"]:
-                return self._trace, "POST", []
+                return self._trace, GET_OR_POST, []
             case [("systemsharedmemory" | "cudasharedmemory") as kind, *rest]:
                 return self._shared_memory(kind.removesuffix("sharedmemory"), rest)
         raise Refusal(404, "there is nothing at this path: GET /v2 lists what this server speaks")
 
-    def _shared_memory(self, kind: str, rest: list[str]) -> tuple[Handler, str, list[str]]:
+    def _shared_memory(self, kind: str, rest: list[str]) -> tuple[Handler, Methods, list[str]]:
         what = rest[-1] if rest else ""
         region = "/".join(rest[1:-1]) if rest[:1] == ["region"] else ""
-        method = {"status": "GET", "register": "POST", "unregister": "POST"}.get(what)
-        if method is None or (rest[0] != "region" and len(rest) > 1) or (what == "register" and not region):
+        methods = {"status": GET, "register": POST, "unregister": POST}.get(what)
+        if methods is None or (rest[0] != "region" and len(rest) > 1) or (what == "register" and not region):
             raise Refusal(404, "there is nothing at this path: use status, region/NAME/register or unregister")
-        return getattr(self, f"_{kind}_{what}"), method, [region]
+        return getattr(self, f"_{kind}_{what}"), methods, [region]
 
     async def _server(self, variables: list[str], body: bytes) -> Any:
         return self._service.server_metadata()
