@@ -44,7 +44,9 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
 
 
 def _kinds(operation: Operation) -> list[Any]:
-    used = [answer.kind for answer in operation.answers.values() if answer.kind is not None]
+    used: list[Any] = []
+    for answer in operation.answers.values():
+        used += answer.kind if isinstance(answer.kind, tuple) else [answer.kind] if answer.kind is not None else []
     return used if operation.body is None else [operation.body, *used]
 
 
@@ -72,7 +74,11 @@ def _described(operation: Operation, known: dict[str, Any]) -> dict[str, Any]:
 def _answer(answer: Answer, known: dict[str, Any]) -> dict[str, Any]:
     if answer.media is None:
         return {"description": answer.text}
-    schema = {} if answer.kind is None else known[repr(answer.kind)]
+    schema: dict[str, Any] = {}
+    if isinstance(answer.kind, tuple):
+        schema = {"anyOf": [known[repr(kind)] for kind in answer.kind]}
+    elif answer.kind is not None:
+        schema = known[repr(answer.kind)]
     return {"description": answer.text, "content": {answer.media: {"schema": schema}}}
 
 

@@ -30,7 +30,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     text: str
     kind: Any = None
-    """Type of its body; None: nothing is said of it."""
+    """Type of its body, or a tuple of those it may have; None: nothing is said of it."""
     media: str | None = JSON
     """None: the body is empty."""
 

@@ -45,7 +45,7 @@ class InfoApi:
                 handler=self.info,
                 summary="Who serves: the gateway, or behind an OpenFaaS gateway the provider",
                 tag="server",
-                answers={200: Answer(text="Names and versions.", kind=GatewayInfo | ProviderInfo)},
+                answers={200: Answer(text="Names and versions.", kind=(GatewayInfo, ProviderInfo))},
             )
         ]
 

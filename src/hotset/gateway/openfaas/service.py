@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx
 import msgspec
 
 from hotset.errors import ConfigurationError
@@ -68,14 +69,15 @@ async def system_front(
     keys: ApiKeys,
     config: AccessConfig,
     data: Path,
+    transport: httpx.AsyncBaseTransport | None = None,
     described: Sequence[Operation] = (),
 ) -> AsyncIterator[Application]:
     """The application for everything but calls and the v2 protocol, with its queue and scaling at work.
 
-    ``described``: operations that are served elsewhere and belong in the OpenAPI document too.
+    ``transport``: what carries callbacks, instead of the network. ``described``: operations that are served elsewhere and belong in the OpenAPI document too.
     """
     policy = CallbackPolicy(config.allow_callbacks)
-    queue = AsyncQueue(control, AsyncCalls(data), Callbacks(policy), deployments.records)
+    queue = AsyncQueue(control, AsyncCalls(data), Callbacks(policy, transport), deployments.records)
     await queue.start()
     for record in await asyncio.to_thread(deployments.store.named, ApiKeyRecord):
         keys.add(record)
