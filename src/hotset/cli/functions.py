@@ -93,7 +93,7 @@ def describe(name: str, gateway: str, as_json: bool) -> None:
         ("output", json.dumps(details["schema"].get("output"))),
     ]
     for key in ("envVars", "labels", "annotations"):
-        rows += [(f"{key}: {name}", value) for name, value in function[key].items()]
+        rows += [(f"{key}: {name}", value) for name, value in function.get(key, {}).items()]
     print_rows(("", function["name"]), rows)
 
 
