@@ -68,11 +68,13 @@ def _import(directory: Path, module_name: str, reload: bool) -> ModuleType:
         for known, module in list(sys.modules.items()):
             if _lies_in(module, directory):
                 del sys.modules[known]
+        importlib.invalidate_caches()
     path = str(directory)
     if path in sys.path:
         sys.path.remove(path)
     sys.path.insert(0, path)
-    importlib.invalidate_caches()
+    # This directory's listing only: every other one that is known takes a fork of the zygote 2 ms to forget.
+    sys.path_importer_cache.pop(path, None)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -114,12 +114,14 @@ class Runtime:
             self._predict = self._target
             return
         try:
-            inspect.signature(self._target).bind()
+            self.instance = self._target()
         except TypeError:
+            # Not asked before: in a fresh fork inspect's answer takes longer than building a model of 100 MB.
+            if _takes_no_arguments(self._target):
+                raise
             raise FunctionError(
                 f"{self._target.__name__} needs arguments to be made; take none in __init__ and load weights in load"
             ) from None
-        self.instance = self._target()
         load = getattr(self.instance, "load", None)
         if load is not None:
             load(self.device)
@@ -237,6 +239,14 @@ def _error_body(error: Exception) -> dict[str, Any]:
     except Exception:  # noqa: BLE001 - an exception that cannot even say what it is
         text = ""
     return {"error": text.encode("utf-8", "replace").decode()[:_SHOWN_CHARACTERS] or kind, "type": kind}
+
+
+def _takes_no_arguments(target: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(target).bind()
+    except TypeError:
+        return False
+    return True
 
 
 def _log(error: Exception, name: str) -> None:

@@ -6,7 +6,10 @@ import os
 import sys
 from collections.abc import Mapping
 
-FRAMEWORKS = ("torch", "transformers", "safetensors", "onnxruntime", "numpy", "PIL", "scipy", "tokenizers", "jax")
+FRAMEWORKS = (
+    *("torch", "transformers", "safetensors", "safetensors.torch", "onnxruntime", "numpy", "PIL", "scipy"),
+    *("tokenizers", "jax"),
+)
 """What takes long to import: a zygote has them imported already for whoever needs them."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import os
 import random
@@ -65,6 +66,8 @@ class Zygote:
             end.setblocking(False)
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        gc.collect()
+        gc.freeze()  # a collection in a fork would write to, and so copy, the page of every object imported here
         self._send(Ready(modules, refused))
         while not (self._retired and not self._children):
             readable, _, _ = select.select([self._control, ended], [], [])
@@ -123,13 +126,14 @@ class Zygote:
 
 
 def _reseed() -> None:
-    """Forks must not draw the same random numbers."""
+    """Forks must not draw the same random numbers. What is imported later seeds itself: numpy's generator (an import of
+    15 ms, which numpy makes only when it is asked for) and torch's on a GPU."""
     random.seed()
-    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
-    if numpy is not None:
-        numpy.random.seed(int.from_bytes(os.urandom(4)))
+    numpy_random, torch = sys.modules.get("numpy.random"), sys.modules.get("torch")
+    if numpy_random is not None:
+        numpy_random.seed(int.from_bytes(os.urandom(4)))
     if torch is not None:
-        torch.manual_seed(int.from_bytes(os.urandom(7)))
+        torch.default_generator.manual_seed(int.from_bytes(os.urandom(7)))
 
 
 def _threads() -> int:
