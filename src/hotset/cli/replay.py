@@ -96,11 +96,7 @@ def replay(
     )
     results = [Replayed(known.policy, known.eviction, True, measured(recording))]
     for name in dict.fromkeys(names):
-        settings = PolicySettings(o3_limit=o3_limit)
-        scheduler = Scheduler(
-            make_policy(name, settings), make_eviction(eviction), SchedulerConfig(burst_s=known.burst_s)
-        )
-        metrics = Engine(scheduler, hardware).run(arrivals_of(recording))
+        metrics = simulated(recording, hardware, name, eviction, PolicySettings(o3_limit=o3_limit))
         results.append(Replayed(name, eviction, False, metrics))
     if as_json:
         write_json({"calls": len(recording.rows), "runs": [_as_json(result) for result in results]})
@@ -169,6 +165,15 @@ def arrivals_of(recording: Recording) -> Iterator[Arrival]:
     start_s = recording.rows[0].arrival_s
     for row in recording.rows:
         yield Arrival(row.arrival_s - start_s, row.function, row.inference_s)
+
+
+def simulated(
+    recording: Recording, hardware: Hardware, policy: str, eviction: str, settings: PolicySettings | None = None
+) -> RunMetrics:
+    """What the simulator predicts for the recorded calls under these policies."""
+    config = SchedulerConfig(burst_s=recording.header.burst_s)
+    scheduler = Scheduler(make_policy(policy, settings), make_eviction(eviction), config)
+    return Engine(scheduler, hardware).run(arrivals_of(recording))
 
 
 def measured(recording: Recording) -> RunMetrics:
