@@ -79,8 +79,9 @@ class Faas:
         front = system_front(
             self.control, self.deployments, self.secrets, keys, self.access, self.data, self._transport()
         )
-        system = await self._stack.enter_async_context(front)
-        application: Any = Guard(Gateway(self.control, system), self.access.credentials, keys)
+        self.front = await self._stack.enter_async_context(front)
+        gateway = Gateway(self.control, self.front.application)
+        application: Any = Guard(gateway, self.access.credentials, keys)
         transport = httpx.ASGITransport(application)
         client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080", timeout=20)
         self.http = await self._stack.enter_async_context(client)
@@ -91,6 +92,10 @@ class Faas:
 
     def _transport(self) -> httpx.AsyncBaseTransport | None:
         return None if self.calls_back is None else httpx.MockTransport(self.calls_back)
+
+    def queued(self) -> int:
+        """Asynchronous calls that have not ended."""
+        return self.front.queue.length
 
     async def get(self, path: str, **query: str) -> httpx.Response:
         return await self.http.get(path, params=query)

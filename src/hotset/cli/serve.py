@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from hotset.cli.options import json_option
 from hotset.cli.output import write_json
@@ -16,6 +17,9 @@ from hotset.errors import ConfigurationError
 from hotset.functions.units import parse_bytes, parse_duration
 from hotset.scheduling.eviction import EVICTIONS
 from hotset.scheduling.policies import POLICIES
+
+PROFILES = "hotset.profiles"
+"""Where the configuration file's ``[profiles.NAME]`` tables are kept, which no flag can give."""
 
 
 def _default_data() -> Path:
@@ -31,6 +35,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
         settings: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path} cannot be read as TOML: {error}") from None
+    context.meta[PROFILES] = settings.pop("profiles", {})
     known = {parameter.name for parameter in context.command.params}
     normal = {key.replace("-", "_"): value for key, value in settings.items()}
     for key in normal:
@@ -78,6 +83,29 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Serve the models of this directory: NAME/VERSION/model.onnx, model.pt, ...",
 )
+@click.option(
+    "--auth", metavar="FILE", help="Ask for this user:password under /system; in HOTSET_AUTH the text itself."
+)
+@click.option("--insecure", is_flag=True, help="Listen beyond this machine without asking for credentials.")
+@click.option("--allow-local-images", is_flag=True, help="Let an image be an absolute path on this machine.")
+@click.option(
+    "--allow-callbacks",
+    multiple=True,
+    metavar="HOST|NETWORK",
+    help="Where callbacks may go beside public addresses; *: anywhere. Repeatable.",
+)
+@click.option(
+    "--secrets-path",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Show all functions' secrets in this one folder, such as /var/openfaas/secrets.",
+)
+@click.option(
+    "--role",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "gateway", "provider"]),
+    help="What /system/info says; auto: provider to requests that an OpenFaaS gateway forwards.",
+)
 @click.option("--drain", default="30s", show_default=True, metavar="TIME", help="What open calls get at a stop.")
 @click.option(
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
@@ -98,6 +126,12 @@ def serve(
     max_body: str,
     grpc_port: int | None,
     model_repository: Path | None,
+    auth: str | None,
+    insecure: bool,
+    allow_local_images: bool,
+    allow_callbacks: tuple[str, ...],
+    secrets_path: Path | None,
+    role: str,
     drain: str,
     log_level: str,
     as_json: bool,
@@ -106,10 +140,27 @@ def serve(
 
     Every flag can be set as HOTSET_NAME in the environment, or in a --config file.
     """
+    from hotset.gateway.auth import read_credentials
+    from hotset.gateway.openfaas.info import Role
+    from hotset.gateway.openfaas.resources import GpuProfile
+    from hotset.gateway.openfaas.service import AccessConfig
     from hotset.gateway.server import ServerConfig
     from hotset.gateway.server import serve as run_server
 
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        profiles = msgspec.convert(click.get_current_context().meta.get(PROFILES, {}), dict[str, GpuProfile])
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"profiles: {error}; write [profiles.NAME] with gpu_memory and gpu") from None
+    access = AccessConfig(
+        credentials=read_credentials(auth, os.environ),
+        insecure=insecure,
+        allow_local_images=allow_local_images,
+        allow_callbacks=allow_callbacks,
+        secrets_path=secrets_path,
+        profiles=profiles,
+        role=Role(role),
+    )
     config = ServerConfig(
         host=host,
         port=port,
@@ -126,6 +177,7 @@ def serve(
         grpc_port=grpc_port,
         model_repository=model_repository,
         drain_s=parse_duration(drain, "--drain"),
+        access=access,
     )
 
     def ready(url: str) -> None:

@@ -130,8 +130,8 @@ async def run(
                 data=config.data,
             )
             async with (
-                system_front(control, deployments, secrets, keys, access, config.data) as system,
-                v2_front(control, deployments, system, v2_config) as rest,
+                system_front(control, deployments, secrets, keys, access, config.data) as front,
+                v2_front(control, deployments, front.application, v2_config) as rest,
             ):
                 gateway = Gateway(
                     control, rest, max_body_bytes=config.max_body_bytes, max_open_bytes=config.max_open_bytes

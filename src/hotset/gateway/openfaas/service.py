@@ -61,6 +61,14 @@ class AccessConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
+class Front(msgspec.Struct, frozen=True, kw_only=True):
+    """What was started."""
+
+    application: Application
+    queue: AsyncQueue
+    replicas: Replicas
+
+
 @asynccontextmanager
 async def system_front(
     control: Control,
@@ -71,10 +79,11 @@ async def system_front(
     data: Path,
     transport: httpx.AsyncBaseTransport | None = None,
     described: Sequence[Operation] = (),
-) -> AsyncIterator[Application]:
+) -> AsyncIterator[Front]:
     """The application for everything but calls and the v2 protocol, with its queue and scaling at work.
 
-    ``transport``: what carries callbacks, instead of the network. ``described``: operations that are served elsewhere and belong in the OpenAPI document too.
+    ``transport``: what carries callbacks, instead of the network. ``described``: operations that are served elsewhere
+    and belong in the OpenAPI document too.
     """
     policy = CallbackPolicy(config.allow_callbacks)
     queue = AsyncQueue(control, AsyncCalls(data), Callbacks(policy, transport), deployments.records)
@@ -92,7 +101,7 @@ async def system_front(
     )
     scaling = asyncio.create_task(_scale(api.replicas))
     try:
-        yield api.application()
+        yield Front(application=api.application(), queue=queue, replicas=api.replicas)
     finally:
         scaling.cancel()
         await queue.stop()
