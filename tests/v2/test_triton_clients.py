@@ -171,10 +171,10 @@ def test_the_grpc_client(server: Server) -> None:
     assert client.get_inference_statistics("classifier").model_stats[0].inference_count >= 1
     assert client.get_trace_settings().settings["trace_level"].value == ["OFF"]
     assert len(client.get_model_repository_index().models) == 3
-    client.unload_model("scripted")
-    assert not client.is_model_ready("scripted")
-    client.load_model("scripted")
-    assert client.is_model_ready("scripted")
+    client.unload_model("tell")
+    assert not client.is_model_ready("tell")
+    client.load_model("tell")
+    assert client.is_model_ready("tell")
 
     answers: list[Any] = []
     client.start_stream(lambda result, error: answers.append(error or result))

@@ -55,6 +55,7 @@ class WireTensor(msgspec.Struct, frozen=True, gc=False):
     array: Any
 
 
+@functools.lru_cache(maxsize=64)
 def datatype_of(dtype: np.dtype[Any]) -> str:
     """numpy's dtype as a v2 datatype; raises ``ValueError`` for one that v2 does not have (complex, dates)."""
     if dtype.kind in "OSU":
@@ -71,7 +72,7 @@ def checked_count(datatype: str, shape: Sequence[int]) -> int:
         raise ValueError(f"datatype {datatype[:40]!r} is not one of {', '.join(DTYPES)}")
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are possible")
-    if any(length < 0 for length in shape):
+    if shape and min(shape) < 0:
         raise ValueError(f"has shape [{describe_shape(shape)}]; lengths cannot be negative")
     return math.prod(shape)
 
@@ -216,10 +217,12 @@ def _decoder(element: type, depth: int) -> msgspec.json.Decoder[Any]:
 
 
 def _numbers(values: Any, datatype: str, dtype: np.dtype[Any]) -> Array:
+    if dtype.kind != "f" and datatype != BF16:
+        return np.array(values, dtype)
     with np.errstate(over="ignore"):
         array = np.array(values, np.float32 if datatype == BF16 else dtype)
-    if array.dtype.kind == "f" and np.isinf(array).any():
-        raise OverflowError
+    if not np.isfinite(array).all():
+        raise OverflowError  # JSON has no infinities: it is a number that is too large
     return narrowed(array) if datatype == BF16 else array
 
 

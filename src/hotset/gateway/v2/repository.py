@@ -192,13 +192,14 @@ class DirectoryRepository:
         if version.file.suffix == ".onnx":
             # Read by our own reader in no time; the other kinds take their framework, in a process of its own.
             options, schema = await asyncio.to_thread(_describe_here, version.file, version.settings)
+            frameworks: tuple[str, ...] = ("onnxruntime", "numpy")
         else:
             env = child_environment({})
             async with self._describing:
                 described = await describe(
                     sys.executable, folder, ENTRY, env, lambda line: log.info("%s: %s", name, line)
                 )
-            options, schema = described.options, described.schema
+            options, schema, frameworks = described.options, described.schema, described.frameworks
         record = FunctionRecord(
             options=options,
             entry=ENTRY,
@@ -206,6 +207,7 @@ class DirectoryRepository:
             version=version.fingerprint[:VERSION_DIGITS],
             annotations={"model-repository": str(version.file)},
             schema=schema,
+            frameworks=frameworks,
             created_at_s=time.time(),
         )
         return _Entry(record, folder)
