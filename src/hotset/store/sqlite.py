@@ -54,7 +54,7 @@ class SqliteDatastore:
             self._owner = (directory / "server.lock").open("a")
         except OSError as error:
             raise StoreError(
-                f"the data directory {directory} cannot be used ({error.strerror}); give another with --data"
+                f"the data directory {directory} cannot be used ({error.strerror}); give another with --data-dir"
             ) from None
         try:
             # The kernel gives the lock back when this process ends, however it ends.
@@ -62,7 +62,7 @@ class SqliteDatastore:
         except OSError:
             self._owner.close()
             raise StoreError(
-                f"another hotset server uses {directory}; stop it or give another data directory with --data"
+                f"another hotset server uses {directory}; stop it or give another with --data-dir"
             ) from None
         try:
             self._connection = self._open()
@@ -189,7 +189,7 @@ def _encode(record: msgspec.Struct) -> str:
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
-        raise StoreError(f"{path} was written by a newer hotset; upgrade hotset or give another --data directory")
+        raise StoreError(f"{path} was written by a newer hotset; upgrade hotset or give another --data-dir")
     for step in range(version, len(MIGRATIONS)):
         # One transaction per step, its version number included: a crash between two steps is taken up here.
         connection.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[step]} PRAGMA user_version = {step + 1}; COMMIT;")
