@@ -69,6 +69,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
     load_s: float | None = None
     inference_s: float | None = None
+    restore_s: float | None = None
+    """From WARM to HOT."""
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):

@@ -41,7 +41,7 @@ def check_requests(scheduler: Scheduler) -> None:
     """Every open request is in exactly one place."""
     cluster = scheduler.cluster
     places: list[tuple[int, Place]] = [(id_of(entry), Place.QUEUED) for entry in cluster.queue.in_order()]
-    places += [(id_of(entry), Place.RETRY) for entry in scheduler._retries]
+    places += [(id_of(entry), Place.RETRY) for entry in scheduler._requests.retries]
     for gpu in cluster.gpus.values():
         places += [(id_of(entry), Place.LOCAL) for entry in gpu.local_queue]
         for entry in [*gpu.local_queue, *(gpu.work.entries if gpu.work is not None else ())]:

@@ -68,3 +68,12 @@ class Reject(Action, frozen=True):
     message: str
     """One sentence for the caller."""
     retry_after_s: float | None = None
+
+
+class Outbox:
+    """The actions of the event that is being handled, in order, as the parts of the Scheduler add to them."""
+
+    __slots__ = ("actions",)
+
+    def __init__(self) -> None:
+        self.actions: list[Action] = []

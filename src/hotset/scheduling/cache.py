@@ -1,8 +1,8 @@
 """The Cache Manager: which model is in which GPU's memory, and who must go to make room.
 
-It owns every GPU's memory account, and each node's account of parked models (``scheduling/parking.py``). A model's bytes
-are reserved when its load is decided and given back when its unload is decided, so no account ever exceeds its capacity,
-whatever the world does meanwhile.
+It owns every GPU's memory account, and each node's account of parked models (``scheduling/parking.py``). A model's
+bytes are reserved when its load is decided and given back when its unload is decided, so no account ever exceeds its
+capacity, whatever the world does meanwhile.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class Resident:
 
 @dataclass(slots=True, eq=False)
 class GpuMemory:
-    """The account of one GPU's memory. ``residents`` (LOADING or HOT) is in order of last use, oldest first (the paper's
-    LRU list)."""
+    """The account of one GPU's memory. ``residents`` is in order of last use, oldest first (the paper's LRU list)."""
 
     gpu_id: str
     capacity_bytes: int
@@ -64,6 +63,7 @@ class GpuMemory:
     """Of its node."""
     used_bytes: int = 0
     residents: OrderedDict[str, Resident] = field(default_factory=OrderedDict)
+    """LOADING or HOT."""
     version: int = 0
     """Changes whenever the residents do."""
     parked: dict[str, Resident] = field(default_factory=dict)
@@ -104,6 +104,13 @@ class EvictionPolicy:
             if missing_bytes <= 0:
                 return victims
         return None
+
+    def price_s(self, memory: GpuMemory, missing_bytes: int, now_s: float) -> float | None:
+        """About what the callers of ``choose``'s victims would pay, in seconds of waiting; None if there are none."""
+        victims = self.choose(memory, missing_bytes, now_s)
+        if victims is None:
+            return None
+        return self.cluster.prices.price_s(self.cluster.gpus[memory.gpu_id], victims, now_s)
 
     def used(self, memory: GpuMemory, resident: Resident) -> None:
         """A run of it starts."""
@@ -184,9 +191,7 @@ class CacheManager:
             return []
         if not spared:
             return self.eviction.choose(memory, missing, now_s)
-        shielded = [
-            resident for model, resident in memory.residents.items() if model in spared and not resident.in_use
-        ]
+        shielded = [resident for model, resident in memory.residents.items() if model in spared and not resident.in_use]
         for resident in shielded:
             resident.in_use = True  # all that an eviction policy knows of being spared
         victims = self.eviction.choose(memory, missing, now_s)
@@ -201,25 +206,26 @@ class CacheManager:
         missing = need_bytes - memory.free_bytes - (own.device_bytes if own is not None else 0)
         host_free_bytes = memory.host.free_bytes
         for victim in victims:
-            size = self._parked_size(victim)
-            if size.host_bytes <= memory.host.capacity_bytes and self._worth_parking(memory, victim, size):
-                leaving = self._host_room(memory, victim, size.host_bytes - host_free_bytes, room.forgotten, own)
-                if leaving is not None:
-                    room.forgotten += leaving
-                    room.offloaded.append(victim)
-                    host_free_bytes += sum(parked.host_bytes for parked in leaving) - size.host_bytes
-                    missing -= victim.memory_bytes - size.device_bytes
-                    missing -= sum(parked.device_bytes for parked in leaving if memory.parked.get(parked.model) is parked)
-                    continue
-            room.unloaded.append(victim)
             missing -= victim.memory_bytes
+            size = self._parked_size(victim)
+            leaving: list[Resident] | None = None
+            if self._worth_parking(memory, victim, size):
+                leaving = self._host_room(memory.host, victim, size.host_bytes - host_free_bytes, room.forgotten, own)
+            if leaving is None:
+                room.unloaded.append(victim)
+                continue
+            room.forgotten += leaving
+            room.offloaded.append(victim)
+            host_free_bytes += sum(parked.host_bytes for parked in leaving) - size.host_bytes
+            missing += size.device_bytes
+            missing -= sum(parked.device_bytes for parked in leaving if parked.model in memory.parked)
         if missing > 0:
             self._reclaim(memory, room, own, missing)
         return room
 
     def _worth_parking(self, memory: GpuMemory, victim: Resident, size: ParkedSize) -> bool:
         """It frees something, and leaving and coming back takes less time than being loaded anew."""
-        if size.device_bytes >= victim.memory_bytes:
+        if size.host_bytes > memory.host.capacity_bytes or size.device_bytes >= victim.memory_bytes:
             return False
         cluster = self.eviction.cluster
         profiles, kind = cluster.profiles, cluster.gpus[memory.gpu_id].kind
@@ -227,7 +233,7 @@ class CacheManager:
         return back_s < profiles.load_s(victim.model, kind)
 
     def _host_room(
-        self, memory: GpuMemory, victim: Resident, missing: int, gone: list[Resident], own: Resident | None
+        self, host: HostMemory, victim: Resident, missing: int, gone: list[Resident], own: Resident | None
     ) -> list[Resident] | None:
         """Parked models to forget so that the victim can be parked; None: all there are are worth more than it.
 
@@ -235,14 +241,10 @@ class CacheManager:
         """
         if missing <= 0:
             return []
-        ranked = sorted(
-            (self._worth(parked, parked=1), number, parked)
-            for number, parked in enumerate(memory.host.parked)
-            if parked is not own and parked not in gone
-        )
-        worth, leaving = self._worth(victim, parked=0), list[Resident]()
-        for other_worth, _, parked in ranked:
-            if other_worth > worth:
+        ranked = sorted((parked for parked in host.parked if parked is not own and parked not in gone), key=self._worth)
+        worth, leaving = self._worth(victim), list[Resident]()
+        for parked in ranked:
+            if self._worth(parked) > worth:
                 return None
             leaving.append(parked)
             missing -= parked.host_bytes
@@ -250,7 +252,7 @@ class CacheManager:
                 return leaving
         return None
 
-    def _worth(self, resident: Resident, *, parked: int) -> tuple[bool, bool, float]:
+    def _worth(self, resident: Resident) -> tuple[bool, bool, float]:
         model = resident.model
         elsewhere = self.copies(model) + len(self.parked_on(model)) > 1
         return model in self.eviction.cluster.queue.models, not elsewhere, resident.last_used_s
@@ -353,7 +355,7 @@ class CacheManager:
             raise InvariantError(f"{resident.model} cannot be parked for {memory.gpu_id}: there is no room")
         self._parked_on.setdefault(resident.model, {})[memory.gpu_id] = None
 
-    def parked(self, memory: GpuMemory, model: str, size: ParkedSize) -> bool:
+    def offloaded(self, memory: GpuMemory, model: str, size: ParkedSize) -> bool:
         """An offload is done and measured; False: it takes more than there is, and must go."""
         self._sizes[model] = size
         resident = memory.parked.get(model)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 
-from hotset.scheduling.cache import CacheManager, GpuMemory
+import msgspec
+
+from hotset.scheduling.cache import CacheManager, GpuMemory, Resident
 from hotset.scheduling.holders import HolderIndex
 from hotset.scheduling.prices import Prices
 from hotset.scheduling.profiles import Profiles
@@ -76,9 +78,11 @@ class GpuState:
 class Cluster:
     """Everything a policy may look at."""
 
-    def __init__(self, cache: CacheManager, profiles: Profiles) -> None:
+    def __init__(self, cache: CacheManager, profiles: Profiles, *, overlap: bool = False) -> None:
         self.cache = cache
         self.profiles = profiles
+        self.overlap = overlap
+        """Loads and restores have a lane of their own on each GPU: it may compute meanwhile."""
         self.queue = GlobalQueue()
         self.rates = ArrivalRates()
         self.models: dict[str, Model] = {}
@@ -107,10 +111,33 @@ class Cluster:
     def first_idle(self, model: str | None = None) -> GpuState | None:
         """The GPU idle longest; with a model: the first on which it fits (a scan only where GPUs differ in size)."""
         need_bytes = 0 if model is None else self.models[model].memory_bytes
+        if model is not None and (self.overlap or self.cache.parked_on(model)):
+            return self._first_idle_of_tiers(model, need_bytes)
         for gpu in self.idle:
             if gpu.memory.capacity_bytes >= need_bytes:
                 return gpu
         return None
+
+    def _first_idle_of_tiers(self, model: str, need_bytes: int) -> GpuState | None:
+        """The GPU idle longest, unless one of the others has the model WARM. Where its copy lane is taken, a GPU can
+        only run what it holds."""
+        first: GpuState | None = None
+        for gpu in self.idle:
+            if self.can_start(gpu, model):
+                first = gpu
+                break
+        if first is None or model in first.memory.residents:
+            return first
+        parked = [self.gpus[gpu_id] for gpu_id in self.cache.parked_on(model)]
+        idle = [gpu for gpu in parked if gpu.work is None and self.can_start(gpu, model)]
+        return min(idle, key=lambda gpu: gpu.idle_rank, default=first)
+
+    def can_start(self, gpu: GpuState, model: str) -> bool:
+        """Whether the GPU, idle, could start on the model: it is there, or could be brought there, now."""
+        memory = gpu.memory
+        if model in memory.residents:
+            return memory.copying != model
+        return memory.copying is None and self.models[model].memory_bytes <= memory.capacity_bytes
 
     def idle_holder(self, model: str) -> GpuState | None:
         """The idle GPU that holds the model; of several, the one idle longest."""
@@ -124,10 +151,14 @@ class Cluster:
         """The oldest waiting request whose model is resident on this GPU.
 
         Linear in the models resident there, or in the models waited for if those are fewer: the heads of their lines
-        are compared, not the requests.
+        are compared, not the requests. A model on its way there alone, by the copy lane, does not count yet.
         """
         best: Entry | None = None
         residents, lines = gpu.memory.residents, self.queue.models
+        copying = gpu.memory.copying
+        if copying is not None and copying in lines:
+            ready = [lines[model][0] for model in residents if model in lines and model != copying]
+            return min(ready, key=lambda entry: entry.seq, default=None)
         if len(lines) < len(residents):
             for model, line in lines.items():
                 if model in residents and (best is None or line[0].seq < best.seq):
@@ -140,18 +171,34 @@ class Cluster:
         return best
 
     def load_s(self, model: str, gpu: GpuState) -> float:
-        """Expected seconds to load the model on that GPU."""
+        """Expected seconds until the model is HOT on that GPU: of a restore where it is WARM there, else of a load."""
+        if gpu.memory.parked and model in gpu.memory.parked:
+            return self.profiles.restore_s(model, gpu.kind)
         return self.profiles.load_s(model, gpu.kind)
 
     def inference_s(self, model: str, gpu: GpuState, batch: int = 1) -> float:
         """Expected seconds of one run of that many requests there."""
         return self.profiles.inference_s(model, gpu.kind, batch)
 
+    def gpu_for_retry(self, entry: Entry) -> GpuState | None:
+        """An idle GPU for a request whose process died: not the one it died on unless there is no other. Linear."""
+        need_bytes = self.models[entry.model].memory_bytes
+        fitting = [gpu for gpu in self.gpus.values() if gpu.memory.capacity_bytes >= need_bytes]
+        others = [gpu for gpu in fitting if gpu.gpu_id != entry.avoid_gpu]
+        idle = [gpu for gpu in others or fitting if gpu in self.idle and self.can_start(gpu, entry.model)]
+        return next((gpu for gpu in idle if entry.model in gpu.memory.residents), idle[0] if idle else None)
+
     # What the Scheduler changes
+
+    def learn_memory(self, name: str, memory_bytes: int) -> None:
+        """What a model was measured to take replaces what it was said to."""
+        model = self.models.get(name)
+        if model is not None and model.memory_bytes != memory_bytes:
+            self.models[name] = msgspec.structs.replace(model, memory_bytes=memory_bytes)
 
     def join(self, gpu: Gpu) -> GpuState:
         self._joined += 1
-        state = GpuState(gpu, self._joined, self.cache.add_gpu(gpu.gpu_id, gpu.memory_bytes))
+        state = GpuState(gpu, self._joined, self.cache.add_gpu(gpu.gpu_id, gpu.memory_bytes, gpu.node))
         self.gpus[gpu.gpu_id] = state
         self.largest_bytes = max(self.largest_bytes, gpu.memory_bytes)
         self._holders.joined(state)
@@ -187,16 +234,40 @@ class Cluster:
         entry.local_cost_s = self.inference_s(entry.model, gpu)
         gpu.local_queue.append(entry)
         gpu.local_backlog_s += entry.local_cost_s
-        self._holders.became_busy(gpu)
+        self._backlog_changed(gpu)
 
     def remove_local(self, gpu: GpuState, entry: Entry) -> None:
         """Take a request out of a GPU's local queue, from wherever it stands."""
         gpu.local_queue.remove(entry)
         gpu.local_backlog_s = gpu.local_backlog_s - entry.local_cost_s if gpu.local_queue else 0.0
+        self._backlog_changed(gpu)
+
+    def _backlog_changed(self, gpu: GpuState) -> None:
         if gpu.work is not None:
             self._holders.became_busy(gpu)
+        elif gpu.memory.copying is not None:
+            self._holders.forget(gpu.memory.copying)
 
-    def drop_resident(self, gpu: GpuState, model: str) -> None:
+    def copy_started(self, gpu: GpuState, model: str, until_s: float) -> None:
+        """The copy lane brings a model there, expected to be done then; the GPU goes on computing, or waits for hits.
+
+        An idle GPU goes to the end of the idle ones: the others have no load to wait for.
+        """
+        gpu.memory.copying = model
+        self._holders.forget(model)
+        if gpu.work is None:
+            del self.idle[gpu]
+            gpu.busy_until_s = until_s
+            self._holders.became_busy(gpu)
+            self.set_idle(gpu)
+
+    def copy_ended(self, gpu: GpuState) -> None:
+        """The copy lane is free: its model is HOT, or did not make it."""
+        model, gpu.memory.copying = gpu.memory.copying, None
+        if model is not None:
+            self._holders.forget(model)
+
+    def drop_resident(self, gpu: GpuState, model: str) -> Resident:
         """The model left this GPU's memory."""
         self._holders.dropped(gpu, model)
-        self.cache.drop(gpu.memory, model)
+        return self.cache.drop(gpu.memory, model)

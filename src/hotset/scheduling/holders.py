@@ -1,5 +1,7 @@
 """Of the GPUs that hold a model: which is idle longest, and which busy one is expected to be done first.
 
+For a model that its copy lane is still bringing, a GPU counts as busy, whether it computes or not.
+
 A model on a few GPUs is looked up by comparing them. One on many gets an index of its own, kept up to date from then
 on, so that neither question grows with the number of GPUs.
 """
@@ -59,6 +61,8 @@ class HolderIndex:
     def became_idle(self, gpu: GpuState) -> None:
         if self._many:
             gpu.stamp += 1
+            if gpu.memory.copying is not None:
+                self.forget(gpu.memory.copying)
             for model in gpu.memory.residents:
                 holders = self._many.get(model)
                 if holders is not None:
@@ -77,6 +81,10 @@ class HolderIndex:
                     if len(holders.busy) > 16 * self._cache.copies(model):
                         holders.busy = self._busy(model)
 
+    def forget(self, model: str) -> None:
+        """Something about the model changed that no index follows; the next question makes it anew."""
+        self._many.pop(model, None)
+
     def dropped(self, gpu: GpuState, model: str) -> None:
         """The model left that GPU's memory."""
         holders = self._many.get(model) if self._many else None
@@ -91,7 +99,7 @@ class HolderIndex:
         best: GpuState | None = None
         for gpu_id in holder_ids:
             gpu = self._gpus[gpu_id]
-            if gpu.work is None and (best is None or gpu.idle_rank < best.idle_rank):
+            if gpu.work is None and (best is None or gpu.idle_rank < best.idle_rank) and gpu.memory.copying != model:
                 best = gpu
         return best
 
@@ -112,7 +120,9 @@ class HolderIndex:
         best: GpuState | None = None
         for gpu_id in holder_ids:
             gpu = self._gpus[gpu_id]
-            if gpu.work is not None and (best is None or (gpu.finish_s, gpu.index) < (best.finish_s, best.index)):
+            if (gpu.work is not None or gpu.memory.copying == model) and (
+                best is None or (gpu.finish_s, gpu.index) < (best.finish_s, best.index)
+            ):
                 best = gpu
         return best
 
@@ -121,16 +131,20 @@ class HolderIndex:
         if holders is None:
             holders = self._many[model] = _ManyHolders()
             holders.busy = self._busy(model)
-            idle = [gpu for gpu in map(self._gpus.__getitem__, self._cache.holders(model)) if gpu.work is None]
+            idle = [gpu for gpu in map(self._gpus.__getitem__, self._cache.holders(model)) if not _is_busy(gpu, model)]
             holders.idle = OrderedDict.fromkeys(sorted(idle, key=lambda gpu: gpu.idle_rank))
         return holders
 
     def _busy(self, model: str) -> list[_Finish]:
         holders = map(self._gpus.__getitem__, self._cache.holders(model))
-        heap = [_Finish(gpu.finish_s, gpu.index, gpu.stamp) for gpu in holders if gpu.work is not None]
+        heap = [_Finish(gpu.finish_s, gpu.index, gpu.stamp) for gpu in holders if _is_busy(gpu, model)]
         heapify(heap)
         return heap
 
     def _is_current(self, record: _Finish, model: str) -> bool:
         gpu = self._by_index.get(record.index)
-        return gpu is not None and gpu.stamp == record.stamp and gpu.work is not None and model in gpu.memory.residents
+        return gpu is not None and gpu.stamp == record.stamp and _is_busy(gpu, model) and model in gpu.memory.residents
+
+
+def _is_busy(gpu: GpuState, model: str) -> bool:
+    return gpu.work is not None or gpu.memory.copying == model

@@ -7,9 +7,11 @@ waits); a hit on an idle GPU has no cheaper one.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import msgspec
 
+from hotset.scheduling.cache import Resident
 from hotset.scheduling.cluster import Cluster, GpuState
 from hotset.scheduling.policies.interface import Rule
 from hotset.vocabulary import RejectReason
@@ -99,6 +101,18 @@ class Journal:
         if len(self._explanations) > self.capacity:
             self._explanations.popitem(last=False)
         return explanation
+
+
+def decision(
+    cluster: Cluster, model: str, gpu: GpuState, rule: Rule, now_s: float, victims: Iterable[Resident] = ()
+) -> Decision:
+    """A placement as it looks before it is carried out."""
+    chosen = estimate(cluster, model, gpu, now_s)
+    hit = not chosen.load_s
+    # A hit on an idle GPU has no cheaper alternative: do not pay for listing them on the hot path.
+    others = () if hit and not chosen.wait_s else alternatives(cluster, model, gpu, now_s)
+    evicted = tuple([victim.model for victim in victims])
+    return Decision(now_s, gpu.gpu_id, rule, hit, chosen.wait_s, chosen.load_s, chosen.inference_s, evicted, others)
 
 
 def estimate(cluster: Cluster, model: str, gpu: GpuState, now_s: float) -> Alternative:

@@ -13,6 +13,8 @@ NEWEST_WEIGHT = 0.1
 
 DEFAULT_LOAD_S = 2.5
 DEFAULT_INFERENCE_S = 0.1
+DEFAULT_RESTORE_SHARE = 0.1
+"""Of a load's time, until a restore, or an offload, of any model was seen."""
 
 
 class Average:
@@ -72,9 +74,13 @@ class Profiles:
 
     def __init__(self) -> None:
         self._loads: dict[tuple[str, str], Average] = {}
+        self._restores: dict[tuple[str, str], Average] = {}
+        self._offloads: dict[tuple[str, str], Average] = {}
         self._runs: dict[tuple[str, str], BatchLine] = {}
         self._models: dict[str, Model] = {}
         self._any_load = Average(None)
+        self._any_copy = Average(None)
+        """Seconds a byte of restores and offloads, of all models: both are copies over the same bus."""
         self._any_run = Average(None)
 
     def add(self, model: Model) -> None:
@@ -82,7 +88,7 @@ class Profiles:
 
     def remove(self, name: str) -> None:
         self._models.pop(name, None)
-        for table in (self._loads, self._runs):
+        for table in (self._loads, self._restores, self._offloads, self._runs):
             for key in [key for key in table if key[0] == name]:
                 del table[key]
 
@@ -92,6 +98,26 @@ class Profiles:
         if known.mean is not None:
             return known.mean
         return self._any_load.mean if self._any_load.mean is not None else DEFAULT_LOAD_S
+
+    def restore_s(self, model: str, kind: str) -> float:
+        """Expected seconds from WARM to HOT."""
+        known = self._restores.get((model, kind))
+        if known is None:
+            declared = self._models.get(model)
+            known = self._restores[model, kind] = Average(declared.profile.restore_s if declared else None)
+        return known.mean if known.mean is not None else self._copy_s(model, kind)
+
+    def offload_s(self, model: str, kind: str) -> float:
+        """Expected seconds from HOT to WARM."""
+        known = self._offloads.get((model, kind))
+        return known.mean if known is not None and known.mean is not None else self._copy_s(model, kind)
+
+    def _copy_s(self, model: str, kind: str) -> float:
+        """By the model's size, as other models were copied; a share of its load while none was."""
+        declared = self._models.get(model)
+        if self._any_copy.mean is not None and declared is not None:
+            return self._any_copy.mean * declared.memory_bytes
+        return DEFAULT_RESTORE_SHARE * self.load_s(model, kind)
 
     def inference_s(self, model: str, kind: str, batch: int = 1) -> float:
         """Expected seconds of one run of ``batch`` requests."""
@@ -108,6 +134,22 @@ class Profiles:
     def observe_load(self, model: str, kind: str, seconds: float) -> None:
         (self._loads.get((model, kind)) or self._load(model, kind)).observe(seconds)
         self._any_load.observe(seconds)
+
+    def observe_restore(self, model: str, kind: str, seconds: float, copied_bytes: int) -> None:
+        self._observe_copy(self._restores, model, kind, seconds, copied_bytes)
+
+    def observe_offload(self, model: str, kind: str, seconds: float, copied_bytes: int) -> None:
+        self._observe_copy(self._offloads, model, kind, seconds, copied_bytes)
+
+    def _observe_copy(
+        self, table: dict[tuple[str, str], Average], model: str, kind: str, seconds: float, copied_bytes: int
+    ) -> None:
+        known = table.get((model, kind))
+        if known is None:
+            known = table[model, kind] = Average(None)
+        known.observe(seconds)
+        if copied_bytes:
+            self._any_copy.observe(seconds / copied_bytes)
 
     def observe_run(self, model: str, kind: str, batch: int, seconds: float) -> None:
         (self._runs.get((model, kind)) or self._run(model, kind)).observe(batch, seconds)

@@ -23,7 +23,7 @@ class Place(Enum):
     QUEUED = "queued"
     """In the global queue."""
     LOCAL = "local"
-    """In a GPU's local queue (LALB, rule 2d)."""
+    """In a GPU's local queue (LALB, rule 2d; with overlap, also while its model is loaded for it)."""
     RETRY = "retry"
     """Waiting for another GPU after its process died."""
     ASSIGNED = "assigned"
@@ -39,6 +39,7 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     """Order of arrival; ties in time break by it."""
     place: Place = Place.QUEUED
     attempts: int = 0
+    """Loads and runs that it was lost with."""
     avoid_gpu: str = ""
     """The GPU whose process died with this request (a retry goes elsewhere if it can)."""
     cancelled: bool = False
@@ -47,6 +48,8 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     """The GPU it is on, or whose local queue it is in."""
     local_cost_s: float = 0.0
     """What it adds to that local queue's estimate."""
+    loaded_on: str = ""
+    """The GPU that loads, or has loaded, its model for it while it waits in that local queue (overlap)."""
     in_fifo: bool = False
     skipped_over: bool = False
     """It left the queue past older requests; its hole counts as one skip of each of them."""
@@ -120,7 +123,8 @@ class GlobalQueue:
             if skips:
                 self.skips_of_head += 1
             self._holes += 1
-            if self._holes > 64 and self._holes > 4 * self.waiting:
+            useless = self._holes - self.skips_of_head
+            if useless > 64 and useless > 4 * self.waiting:
                 self._compact()
 
     def head(self) -> Entry | None:
@@ -139,8 +143,14 @@ class GlobalQueue:
 
     @property
     def models(self) -> dict[str, deque[Entry]]:
-        """The models somebody waits for (read only), each with its line, oldest first."""
+        """The models somebody waits for (read only), each with its line, oldest first; the newest lines last."""
         return self._by_model
+
+    def set_back(self, models: list[str]) -> None:
+        """Move these models' lines to the end of ``models``: whoever looks only at the first few has seen them."""
+        lines = self._by_model
+        for model in models:
+            lines[model] = lines.pop(model)
 
     def in_order(self) -> Iterator[Entry]:
         """Every waiting request, oldest first."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from heapq import heappop, heappush
 from typing import Any
 
 import msgspec
 
 from hotset.errors import InvariantError
-from hotset.scheduling.actions import Action, Load, Reject, Run, Unload
+from hotset.scheduling.actions import Action, Outbox, Run
 from hotset.scheduling.admission import Admission, Refusal
 from hotset.scheduling.cache import CacheManager, EvictionPolicy
 from hotset.scheduling.cluster import Cluster, GpuState, Work
@@ -21,7 +19,9 @@ from hotset.scheduling.events import (
     LoadFailed,
     ModelAdded,
     ModelLoaded,
+    ModelOffloaded,
     ModelRemoved,
+    ModelRestored,
     ProcessLost,
     RequestArrived,
     RequestCancelled,
@@ -29,11 +29,15 @@ from hotset.scheduling.events import (
     RunFinished,
     TimeAdvanced,
 )
-from hotset.scheduling.journal import Decision, Journal, alternatives, estimate
+from hotset.scheduling.journal import Decision, Journal, decision
+from hotset.scheduling.parking import ParkedSize, Room
 from hotset.scheduling.policies.interface import Policy, Rule
+from hotset.scheduling.prefetch import Prefetcher
 from hotset.scheduling.profiles import Profiles
 from hotset.scheduling.quarantine import Quarantine, QuarantineSettings
 from hotset.scheduling.queue import Entry, Place
+from hotset.scheduling.requests import OpenRequests
+from hotset.scheduling.transitions import Transitions
 from hotset.vocabulary import FailureKind, RejectReason
 
 
@@ -50,7 +54,22 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_attempts: int = 2
     """Times a request may be tried when processes or GPUs are lost."""
     journal_capacity: int = 0
+    host_memory_bytes: int = 0
+    """Of each node, for models that left a GPU but may come back (WARM); 0: they are unloaded (the paper)."""
+    overlap: bool = False
+    """Models are loaded while their GPU computes for others, some of them ahead; False: one thing at a time (paper)."""
     quarantine: QuarantineSettings = QuarantineSettings()
+
+
+class _Loss(msgspec.Struct, frozen=True, gc=False):
+    """How a process was lost, as far as its requests care."""
+
+    kind: FailureKind
+    reason: str
+    avoid_gpu: str
+    """Retries go elsewhere if they can."""
+    blame: bool
+    """It counts against the model."""
 
 
 class Scheduler:
@@ -64,8 +83,13 @@ class Scheduler:
         self.policy = policy
         self.config = config or SchedulerConfig()
         self.profiles = Profiles()
-        self.cache = CacheManager(eviction)
-        self.cluster = eviction.cluster = Cluster(self.cache, self.profiles)
+        self.cache = CacheManager(eviction, self.config.host_memory_bytes)
+        self.cluster = eviction.cluster = Cluster(self.cache, self.profiles, overlap=self.config.overlap)
+        self._outbox = Outbox()
+        self._transitions = Transitions(self.cluster, self._outbox)
+        self._prefetcher = Prefetcher(self.cluster, self._transitions) if self.config.overlap else None
+        self.prefetches = 0
+        """Loads and restores that were started ahead."""
         self.journal = Journal(self.config.journal_capacity)
         self._burst_s = self.config.burst_s
         self._journalling = self.config.journal_capacity > 0
@@ -76,15 +100,16 @@ class Scheduler:
             max_queue=self.config.max_queue,
             max_queue_per_model=self.config.max_queue_per_model,
         )
-        self._entries: dict[int, Entry] = {}
-        self._deadlines: list[tuple[float, int, Entry]] = []
-        self._retries: deque[Entry] = deque()
+        self._requests = OpenRequests(self.cluster, self._admission, self.journal, self._outbox)
+        self._entries = self._requests.entries
         self._seq = 0
         self._actions: list[Action] = []
         self._handlers: dict[type[Event], Callable[[Any, float], None]] = {
             RequestArrived: self._request_arrived,
             RunFinished: self._run_finished,
             ModelLoaded: self._model_loaded,
+            ModelRestored: self._model_restored,
+            ModelOffloaded: self._model_offloaded,
             RequestCancelled: self._request_cancelled,
             TimeAdvanced: self._time_advanced,
             ModelAdded: self._model_added,
@@ -98,19 +123,16 @@ class Scheduler:
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """Take note of an event; returns the actions to carry out, in order."""
-        self._actions = []
-        if self._deadlines:
-            self._expire(now_s)
+        self._actions = self._outbox.actions = []
+        if self._requests.deadlines:
+            self._requests.expire(now_s)
         self._handlers[type(event)](event, now_s)
         self._dispatch(now_s)
         return self._actions
 
     def next_wakeup_s(self) -> float | None:
         """When ``TimeAdvanced`` is due at the latest (the next deadline); None: not before something happens."""
-        deadlines = self._deadlines
-        while deadlines and deadlines[0][2].request.request_id not in self._entries:
-            heappop(deadlines)
-        return deadlines[0][0] if deadlines else None
+        return self._requests.next_deadline_s()
 
     @property
     def open_requests(self) -> int:
@@ -127,108 +149,101 @@ class Scheduler:
         entry = Entry(request, request.model, self._seq)
         refusal = self._admission.refusal(request, now_s)
         if refusal is not None:
-            self._reject(entry, refusal, now_s)
+            self._requests.reject(entry, refusal, now_s)
             return
-        self._entries[request.request_id] = entry
-        if request.deadline_s is not None:
-            heappush(self._deadlines, (request.deadline_s, entry.seq, entry))
+        self._requests.add(entry)
         self.cluster.rates.arrived(request.model, now_s)
         self.cluster.queue.push(entry)
 
     def _request_cancelled(self, event: RequestCancelled, now_s: float) -> None:
         entry = self._entries.pop(event.request_id, None)
         if entry is not None:
-            self._withdraw(entry)
+            self._requests.withdraw(entry)
 
     def _time_advanced(self, event: TimeAdvanced, now_s: float) -> None:
         """Nothing more to do: ``handle`` looks at the deadlines first, whatever happened."""
-
-    def _expire(self, now_s: float) -> None:
-        """End the requests that nothing may start any more."""
-        deadlines = self._deadlines
-        while deadlines and deadlines[0][0] <= now_s:
-            entry = heappop(deadlines)[2]
-            if entry.request.request_id in self._entries and not self._is_running(entry):
-                self._withdraw(entry)
-                self._reject(entry, self._admission.late(entry.request, now_s), now_s)
-
-    def _is_running(self, entry: Entry) -> bool:
-        if entry.place is not Place.ASSIGNED:
-            return False
-        work = self.cluster.gpus[entry.gpu_id].work
-        return work is not None and not work.loading
-
-    def _withdraw(self, entry: Entry) -> None:
-        """Take a request out of wherever it waits; on a GPU it is only marked, and its result goes unread."""
-        if entry.place is Place.QUEUED:
-            self.cluster.queue.take(entry, Place.ASSIGNED, skips=False)
-        elif entry.place is Place.RETRY:
-            self._retries.remove(entry)
-        elif entry.place is Place.LOCAL:
-            self.cluster.remove_local(self.cluster.gpus[entry.gpu_id], entry)
-        entry.cancelled = True
 
     # Placement
 
     def _dispatch(self, now_s: float) -> None:
         cluster = self.cluster
-        if self._retries and cluster.idle:
+        if self._requests.retries and cluster.idle:
             self._dispatch_retries(now_s)
         queue, policy = cluster.queue, self.policy
         while cluster.idle and queue.waiting:
             placement = policy.next_placement(cluster, now_s)
             if placement is None:
-                return
+                break
             entry, gpu = placement.entry, placement.gpu
             if placement.local:
                 queue.take(entry, Place.LOCAL, skips=placement.skips)
                 if self._journalling:
-                    self._note(entry, gpu, placement.rule, (), now_s)
+                    self._note(entry, gpu, placement.rule, None, now_s)
                 cluster.add_local(gpu, entry)
             else:
                 queue.take(entry, Place.ASSIGNED, skips=placement.skips)
                 self._start(gpu, entry, placement.rule, now_s)
+        if self._prefetcher is not None and queue.waiting:
+            self._load_ahead(self._prefetcher, now_s)
+
+    def _load_ahead(self, prefetcher: Prefetcher, now_s: float) -> None:
+        while (ahead := prefetcher.next_load(now_s)) is not None:
+            gpu, model = ahead.gpu, ahead.entry.model
+            if self._journalling:
+                self._note(ahead.entry, gpu, Rule.AHEAD, ahead.room, now_s)
+            self.prefetches += 1
+            self._copy(gpu, ahead.entry, ahead.room, now_s)
+            gpu.memory.residents[model].ahead = True
 
     def _dispatch_retries(self, now_s: float) -> None:
         """Requests whose process died go first, to another GPU than that one unless there is no other."""
-        for entry in list(self._retries):
-            gpu = self._retry_gpu(entry)
+        for entry in list(self._requests.retries):
+            gpu = self.cluster.gpu_for_retry(entry)
             if gpu is not None:
-                self._retries.remove(entry)
+                self._requests.retries.remove(entry)
                 entry.place = Place.ASSIGNED
                 self._start(gpu, entry, Rule.RETRY, now_s)
 
-    def _retry_gpu(self, entry: Entry) -> GpuState | None:
-        cluster, need_bytes = self.cluster, self.cluster.models[entry.model].memory_bytes
-        fitting = [gpu for gpu in cluster.gpus.values() if gpu.memory.capacity_bytes >= need_bytes]
-        others = [gpu for gpu in fitting if gpu.gpu_id != entry.avoid_gpu]
-        idle = [gpu for gpu in others or fitting if gpu in cluster.idle]
-        return next((gpu for gpu in idle if entry.model in gpu.memory.residents), idle[0] if idle else None)
-
     def _start(self, gpu: GpuState, entry: Entry, rule: Rule, now_s: float) -> None:
         """Put a request on an idle GPU: run it if its model is there, else make room and load first."""
-        cluster, model = self.cluster, entry.model
+        cluster, memory, model = self.cluster, gpu.memory, entry.model
         entry.gpu_id = gpu.gpu_id
-        entry.attempts += 1
-        if model in gpu.memory.residents:
+        if model in memory.residents and memory.copying != model:
             if self._journalling:
-                self._note(entry, gpu, rule, (), now_s)
-            self._run(gpu, Work(model, [entry], hit=True, now_s=now_s), now_s)
+                self._note(entry, gpu, rule, None, now_s)
+            self._run(gpu, Work(model, [entry], hit=entry.loaded_on != gpu.gpu_id, now_s=now_s), now_s)
             return
-        memory_bytes = cluster.models[model].memory_bytes
-        victims = self.cache.choose_victims(gpu.memory, memory_bytes, now_s)
-        if victims is None:
-            raise InvariantError(f"{self.policy.name} placed {model} on {gpu.gpu_id}, where it does not fit")
+        room = None
+        if memory.copying != model:
+            room = self._room(gpu, model, now_s)
+            if room is None:
+                raise InvariantError(f"{self.policy.name} placed {model} on {gpu.gpu_id}, where it does not fit")
         if self._journalling:
-            self._note(entry, gpu, rule, tuple(victim.model for victim in victims), now_s)
-        for victim in victims:
-            self.cache.evict(gpu.memory, victim)
-            self._unload(gpu, victim.model)
-        false_miss = self.cache.copies(model) > 0
-        self.cache.reserve(gpu.memory, model, memory_bytes, now_s).in_use = True
-        work = Work(model, [entry], hit=False, now_s=now_s)
-        cluster.set_busy(gpu, work, now_s + cluster.load_s(model, gpu) + cluster.inference_s(model, gpu))
-        self._actions.append(Load(gpu.gpu_id, model, entry.request.request_id, false_miss))
+            self._note(entry, gpu, rule, room, now_s)
+        if cluster.overlap:
+            entry.place = Place.LOCAL
+            cluster.add_local(gpu, entry)
+            if room is not None:
+                entry.loaded_on = gpu.gpu_id
+                self._copy(gpu, entry, room, now_s)
+        elif room is not None:
+            expected_s = self._transitions.bring(gpu, model, room, entry.request.request_id, now_s)
+            work = Work(model, [entry], hit=False, now_s=now_s)
+            cluster.set_busy(gpu, work, now_s + expected_s + cluster.inference_s(model, gpu))
+
+    def _room(self, gpu: GpuState, model: str, now_s: float) -> Room | None:
+        """Room for a miss, if possible without touching what is to run on that GPU next."""
+        if gpu.local_queue:
+            spared = frozenset(entry.model for entry in gpu.local_queue)
+            room = self._transitions.room(gpu, model, now_s, spared)
+            if room is not None:
+                return room
+        return self._transitions.room(gpu, model, now_s)
+
+    def _copy(self, gpu: GpuState, entry: Entry, room: Room, now_s: float) -> None:
+        """Bring a model to a GPU by its copy lane, whatever the GPU does meanwhile."""
+        expected_s = self._transitions.bring(gpu, entry.model, room, entry.request.request_id, now_s)
+        self.cluster.copy_started(gpu, entry.model, now_s + expected_s)
 
     def _run(self, gpu: GpuState, work: Work, now_s: float) -> None:
         """The model is HOT: start the run, joined by whoever waits for the same model and may join."""
@@ -254,12 +269,11 @@ class Scheduler:
                 return
             queue.take(entry, Place.ASSIGNED, skips=False)
             entry.gpu_id = gpu.gpu_id
-            entry.attempts += 1
             entries.append(entry)
             if self._journalling:
                 inference_s = self.cluster.inference_s(model, gpu, len(entries))
-                decision = Decision(now_s, gpu.gpu_id, Rule.JOINED, True, 0.0, 0.0, inference_s)
-                self.journal.decided(entry.request.request_id, model, entry.request.arrival_s, decision)
+                joined = Decision(now_s, gpu.gpu_id, Rule.JOINED, True, 0.0, 0.0, inference_s)
+                self.journal.decided(entry.request.request_id, model, entry.request.arrival_s, joined)
 
     def _release(self, gpu: GpuState, model: str, now_s: float) -> None:
         """The GPU is done with a model, which stays there unless it was removed meanwhile."""
@@ -270,39 +284,70 @@ class Scheduler:
 
     def _freed(self, gpu: GpuState, now_s: float) -> None:
         """The GPU has nothing to do: its local queue comes first (LALB step 1), else it is idle."""
+        self.cluster.set_idle(gpu)
+        if gpu.local_queue:
+            self._serve_local_queue(gpu, now_s)
+
+    def _serve_local_queue(self, gpu: GpuState, now_s: float) -> None:
+        """Start its head; with overlap, a request whose model is still being loaded lets the next one go first."""
         cluster = self.cluster
-        cluster.set_idle(gpu)
-        while gpu.local_queue:
-            entry = gpu.local_queue[0]
-            cluster.remove_local(gpu, entry)
+        for entry in list(gpu.local_queue):
             if (
-                entry.model in gpu.memory.residents
-                or cluster.models[entry.model].memory_bytes <= gpu.memory.capacity_bytes
+                entry.model not in gpu.memory.residents
+                and cluster.models[entry.model].memory_bytes > gpu.memory.capacity_bytes
             ):
+                # Its model died here and has proved larger than this GPU: others are larger still.
+                cluster.remove_local(gpu, entry)
+                cluster.queue.give_back([entry])
+            elif cluster.can_start(gpu, entry.model):
+                cluster.remove_local(gpu, entry)
                 entry.place = Place.ASSIGNED
                 self._start(gpu, entry, Rule.LOCAL_QUEUE, now_s)
-                return
-            # Its model died here and has proved larger than this GPU: others are larger still.
-            cluster.queue.give_back([entry])
+                if gpu.work is not None:
+                    return
 
     # What GPUs report
 
     def _model_loaded(self, event: ModelLoaded, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
-        work = self._work_of(gpu, event.model)
-        work.loading = False
-        work.load_s = event.load_s
-        resident = self.cache.loaded(gpu.memory, event.model, event.memory_bytes)
         self.profiles.observe_load(event.model, gpu.kind, event.load_s)
-        if event.memory_bytes is not None:
-            self._learn_memory(event.model, resident.memory_bytes)
+        self._became_hot(gpu, event.model, event.load_s, event.memory_bytes, now_s)
+
+    def _model_restored(self, event: ModelRestored, now_s: float) -> None:
+        gpu = self.cluster.gpus[event.gpu_id]
+        copied_bytes = gpu.memory.residents[event.model].host_bytes
+        self.profiles.observe_restore(event.model, gpu.kind, event.restore_s, copied_bytes)
+        self._became_hot(gpu, event.model, event.restore_s, event.memory_bytes, now_s)
+
+    def _became_hot(self, gpu: GpuState, model: str, load_s: float, memory_bytes: int | None, now_s: float) -> None:
+        work = None if gpu.memory.copying == model else self._work_of(gpu, model)
+        resident = self.cache.loaded(gpu.memory, model, memory_bytes)
+        if memory_bytes is not None:
+            self.cluster.learn_memory(model, resident.memory_bytes)
+        if work is None:
+            resident.in_use = False
+            self.cluster.copy_ended(gpu)
+            if model in self.cluster.removed:
+                self._unload(gpu, model)
+            if gpu.work is None:
+                self._serve_local_queue(gpu, now_s)
+            return
+        work.loading = False
+        work.load_s = load_s
         work.entries = [entry for entry in work.entries if not entry.cancelled]
         if not work.entries:
-            self._join(gpu, event.model, work.entries, now_s)
+            self._join(gpu, model, work.entries, now_s)
         if work.entries:
             self._run(gpu, work, now_s)
         else:
-            self._release(gpu, event.model, now_s)
+            self._release(gpu, model, now_s)
+
+    def _model_offloaded(self, event: ModelOffloaded, now_s: float) -> None:
+        gpu = self.cluster.gpus[event.gpu_id]
+        self.profiles.observe_offload(event.model, gpu.kind, event.offload_s, event.host_bytes)
+        size = ParkedSize(event.device_bytes, event.host_bytes)
+        if event.model in self.cluster.models and not self.cache.offloaded(gpu.memory, event.model, size):
+            self._transitions.forget(gpu, event.model)
 
     def _run_finished(self, event: RunFinished, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
@@ -318,30 +363,40 @@ class Scheduler:
         self._release(gpu, event.model, now_s)
 
     def _load_failed(self, event: LoadFailed, now_s: float) -> None:
-        gpu = self.cluster.gpus[event.gpu_id]
-        work = self._work_of(gpu, event.model)
-        learned = event.memory_bytes is not None and event.memory_bytes > self.cluster.models[event.model].memory_bytes
+        gpu, name = self.cluster.gpus[event.gpu_id], event.model
+        learned = event.memory_bytes is not None and event.memory_bytes > self.cluster.models[name].memory_bytes
+        if gpu.memory.copying == name:
+            self.cluster.copy_ended(gpu)
+            entries = [entry for entry in gpu.local_queue if entry.model == name]
+            for entry in entries:
+                self.cluster.remove_local(gpu, entry)
+                entry.place = Place.ASSIGNED
+        else:
+            entries = self._work_of(gpu, name).entries
         if event.memory_bytes is not None:
-            self._learn_memory(event.model, event.memory_bytes)
-            self._reject_too_large(now_s)
+            self.cluster.learn_memory(name, event.memory_bytes)
+            self._requests.reject_too_large(now_s)
         # Knowing better what it needs, the same GPU is as good as any, and nobody is to blame.
         avoid = "" if learned else gpu.gpu_id
-        self._work_lost(gpu, work, event.kind, event.reason, now_s, avoid=avoid, blame=not learned)
+        self._process_gone(gpu, name, entries, _Loss(event.kind, event.reason, avoid, not learned), now_s)
 
     def _run_failed(self, event: RunFailed, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
         work = self._work_of(gpu, event.model)
         for request_id in event.answered:
             self._entries.pop(request_id, None)
-        self._work_lost(gpu, work, event.kind, event.reason, now_s, avoid=gpu.gpu_id, blame=True)
+        self._process_gone(gpu, work.model, work.entries, _Loss(event.kind, event.reason, gpu.gpu_id, True), now_s)
 
     def _process_lost(self, event: ProcessLost, now_s: float) -> None:
-        gpu = self.cluster.gpus.get(event.gpu_id)
-        if gpu is None or event.model not in gpu.memory.residents or gpu.memory.residents[event.model].in_use:
-            return  # it was evicted, or is being reported as a failed run
-        self.cluster.drop_resident(gpu, event.model)
-        if self.quarantine.failed(event.model, now_s, event.reason):
-            self._reject_quarantined(event.model, now_s)
+        gpu, name = self.cluster.gpus.get(event.gpu_id), event.model
+        if gpu is not None and name in gpu.memory.parked:
+            self.cache.unpark(gpu.memory, name)
+        elif gpu is not None and name in gpu.memory.residents and not gpu.memory.residents[name].in_use:
+            self.cluster.drop_resident(gpu, name)
+        else:
+            return  # it was evicted, or is being reported as a failed load or run
+        if self.quarantine.failed(name, now_s, event.reason):
+            self._requests.reject_quarantined(name, now_s)
 
     def _work_of(self, gpu: GpuState, model: str) -> Work:
         work = gpu.work
@@ -349,37 +404,35 @@ class Scheduler:
             raise InvariantError(f"{gpu.gpu_id} reports on {model}, which it was not asked to run")
         return work
 
-    def _work_lost(
-        self, gpu: GpuState, work: Work, kind: FailureKind, reason: str, now_s: float, *, avoid: str, blame: bool
-    ) -> None:
+    def _process_gone(self, gpu: GpuState, name: str, entries: list[Entry], loss: _Loss, now_s: float) -> None:
         """The process is gone, the GPU is not."""
-        self.cluster.drop_resident(gpu, work.model)
-        self._end_or_retry(work, kind, reason, now_s, avoid=avoid, blame=blame)
-        self._freed(gpu, now_s)
+        self.cluster.drop_resident(gpu, name)
+        self._end_or_retry(name, entries, loss, now_s)
+        if gpu.work is not None and gpu.work.model == name:
+            self._freed(gpu, now_s)
+        elif gpu.work is None:
+            self._serve_local_queue(gpu, now_s)
 
-    def _end_or_retry(
-        self, work: Work, kind: FailureKind, reason: str, now_s: float, *, avoid: str, blame: bool
-    ) -> None:
+    def _end_or_retry(self, name: str, entries: list[Entry], loss: _Loss, now_s: float) -> None:
         """Decide for each unanswered request: once more, or an error; and whether its model is to be left alone."""
-        name = work.model
-        quarantined = blame and self.quarantine.failed(name, now_s, reason)
+        quarantined = loss.blame and self.quarantine.failed(name, now_s, loss.reason)
         if quarantined:
-            self._reject_quarantined(name, now_s)
+            self._requests.reject_quarantined(name, now_s)
         cluster = self.cluster
-        again = cluster.models[name].retry and kind is not FailureKind.ERROR
+        again = cluster.models[name].retry and loss.kind is not FailureKind.ERROR
         again = again and not quarantined and name not in cluster.removed
         too_large = cluster.too_large(name)
-        for entry in work.entries:
+        for entry in entries:
             if entry.request.request_id not in self._entries:
                 continue  # answered, or nobody waits for it
+            entry.attempts += 1
+            entry.loaded_on = ""
             if too_large:
-                self._reject(entry, self._admission.too_large(name), now_s)
+                self._requests.reject(entry, self._admission.too_large(name), now_s)
             elif again and entry.attempts < self.config.max_attempts:
-                entry.avoid_gpu = avoid
-                entry.place = Place.RETRY
-                self._retries.append(entry)
+                self._requests.retry(entry, loss.avoid_gpu)
             else:
-                self._reject(entry, Refusal(RejectReason.FAILED, reason), now_s)
+                self._requests.reject(entry, Refusal(RejectReason.FAILED, loss.reason), now_s)
         self._forget_if_gone(name)
 
     # Models and GPUs come and go
@@ -388,43 +441,45 @@ class Scheduler:
         self.cluster.models[event.model.name] = event.model
         self.profiles.add(event.model)
         self.cluster.removed.discard(event.model.name)
-        self._reject_too_large(now_s)
+        self._requests.reject_too_large(now_s)
 
     def _model_removed(self, event: ModelRemoved, now_s: float) -> None:
         name = event.name
         if name not in self.cluster.models:
             return
         self.cluster.removed.add(name)
-        for entry in self._waiting(name):
-            self._withdraw(entry)
-            self._reject(entry, Refusal(RejectReason.REMOVED, f"{name} was removed while the request waited"), now_s)
+        self._requests.reject_removed(name, now_s)
         for gpu_id in list(self.cache.holders(name)):
             gpu = self.cluster.gpus[gpu_id]
             if not gpu.memory.residents[name].in_use:
                 self._unload(gpu, name)
+        for gpu_id in list(self.cache.parked_on(name)):
+            self._transitions.forget(self.cluster.gpus[gpu_id], name)
         self._forget_if_gone(name)
 
     def _gpu_joined(self, event: GpuJoined, now_s: float) -> None:
         if event.gpu.gpu_id in self.cluster.gpus:
             raise InvariantError(f"GPU {event.gpu.gpu_id} joined twice")
         self.cluster.join(event.gpu)
-        self._reject_too_large(now_s)
+        self._requests.reject_too_large(now_s)
 
     def _gpu_lost(self, event: GpuLost, now_s: float) -> None:
         if event.gpu_id not in self.cluster.gpus:
             return
         gpu = self.cluster.leave(event.gpu_id)
+        for entry in gpu.local_queue:
+            entry.loaded_on = ""
         self.cluster.queue.give_back(list(gpu.local_queue))
         if gpu.work is not None:
             reason = f"{gpu.gpu_id} was lost{': ' + event.reason if event.reason else ''}"
-            self._end_or_retry(gpu.work, FailureKind.DEVICE, reason, now_s, avoid="", blame=False)
-        self._reject_too_large(now_s)
+            loss = _Loss(FailureKind.DEVICE, reason, "", False)
+            self._end_or_retry(gpu.work.model, gpu.work.entries, loss, now_s)
+        self._requests.reject_too_large(now_s)
 
     # Ends
 
     def _unload(self, gpu: GpuState, model: str) -> None:
-        self.cluster.drop_resident(gpu, model)
-        self._actions.append(Unload(gpu.gpu_id, model))
+        self._transitions.unload(gpu, model)
         self._forget_if_gone(model)
 
     def _forget_if_gone(self, name: str) -> None:
@@ -433,50 +488,13 @@ class Scheduler:
             self.cluster.removed.discard(name)
             self.cluster.models.pop(name, None)
             self.profiles.remove(name)
+            self.cache.forget(name)
             self.cluster.rates.forget(name)
             self.cluster.prices.forget(name)
             self.quarantine.succeeded(name)
 
-    def _learn_memory(self, name: str, memory_bytes: int) -> None:
-        model = self.cluster.models.get(name)
-        if model is not None and model.memory_bytes != memory_bytes:
-            self.cluster.models[name] = msgspec.structs.replace(model, memory_bytes=memory_bytes)
-
-    def _reject_too_large(self, now_s: float) -> None:
-        """End the waiting requests that no GPU can hold (any more): a size was learned, the largest GPU was lost."""
-        for entry in self._waiting():
-            if self.cluster.too_large(entry.model):
-                self._withdraw(entry)
-                self._reject(entry, self._admission.too_large(entry.model), now_s)
-
-    def _reject_quarantined(self, name: str, now_s: float) -> None:
-        for entry in self._waiting(name):
-            self._withdraw(entry)
-            self._reject(entry, self._admission.quarantined(name, now_s), now_s)
-
-    def _waiting(self, name: str | None = None) -> list[Entry]:
-        """Requests that are on no GPU, of one model or of all. Linear in the open requests, for rare events only."""
-        return [
-            entry
-            for entry in self._entries.values()
-            if entry.place is not Place.ASSIGNED and (name is None or entry.model == name)
-        ]
-
-    def _reject(self, entry: Entry, refusal: Refusal, now_s: float) -> None:
-        request, reason, message = entry.request, refusal.reason, refusal.message
-        self._entries.pop(request.request_id, None)
-        if self._journalling:
-            self.journal.rejected(request.request_id, request.model, request.arrival_s, now_s, reason, message)
-        self._actions.append(Reject(request.request_id, reason, message, refusal.retry_after_s))
-
-    def _note(self, entry: Entry, gpu: GpuState, rule: Rule, evicted: tuple[str, ...], now_s: float) -> None:
+    def _note(self, entry: Entry, gpu: GpuState, rule: Rule, room: Room | None, now_s: float) -> None:
         """Write a decision down, before it is carried out."""
-        cluster, model = self.cluster, entry.model
-        chosen = estimate(cluster, model, gpu, now_s)
-        hit = not chosen.load_s
-        # A hit on an idle GPU has no cheaper alternative: do not pay for listing them on the hot path.
-        others = () if hit and not chosen.wait_s else alternatives(cluster, model, gpu, now_s)
-        decision = Decision(
-            now_s, gpu.gpu_id, rule, hit, chosen.wait_s, chosen.load_s, chosen.inference_s, evicted, others
-        )
-        self.journal.decided(entry.request.request_id, model, entry.request.arrival_s, decision)
+        victims = room.victims if room is not None else ()
+        noted = decision(self.cluster, entry.model, gpu, rule, now_s, victims)
+        self.journal.decided(entry.request.request_id, entry.model, entry.request.arrival_s, noted)

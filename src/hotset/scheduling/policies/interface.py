@@ -25,6 +25,7 @@ class Rule(Enum):
     CHEAPEST_ROOM = "no GPU holds the model; room costs least here"
     EXTRA_COPY = "its holders cannot drain its line as soon as another copy can help"
     OLDEST_FIRST = "it was passed over as often, or has waited as long, as is allowed"
+    AHEAD = "every GPU is taken; the model is loaded ahead where it can run soonest"
     LOCAL_QUEUE = "head of the GPU's local queue"
     JOINED = "joined a run of its model that was about to begin"
     RETRY = "second try after its process died"

@@ -1,0 +1,54 @@
+"""Changes of residency: load, restore, offload, unload. Each is accounted for at once and sent as an action."""
+
+from __future__ import annotations
+
+from hotset.scheduling.actions import Load, Offload, Outbox, Restore, Unload
+from hotset.scheduling.cluster import Cluster, GpuState
+from hotset.scheduling.parking import Room
+
+
+class Transitions:
+    """Brings models to GPUs and makes room for them."""
+
+    def __init__(self, cluster: Cluster, outbox: Outbox) -> None:
+        self._cluster = cluster
+        self._cache = cluster.cache
+        self._outbox = outbox
+
+    def room(self, gpu: GpuState, model: str, now_s: float, spared: frozenset[str] = frozenset()) -> Room | None:
+        """How room for the model can be made there without touching the ``spared`` ones; None if it cannot be now."""
+        cache, need_bytes = self._cache, self._cluster.models[model].memory_bytes
+        victims = cache.choose_victims(gpu.memory, need_bytes, now_s, spared)
+        return cache.room_for(gpu.memory, model, need_bytes, victims) if victims is not None else None
+
+    def bring(self, gpu: GpuState, model: str, room: Room, request_id: int, now_s: float) -> float:
+        """Make the room and start the load, or the restore; returns the seconds all of it is expected to take."""
+        cluster, cache, memory = self._cluster, self._cache, gpu.memory
+        for parked in room.forgotten:
+            self.forget(cluster.gpus[memory.host.parked[parked].gpu_id], parked.model)
+        for victim in room.victims:
+            cache.evict(memory, victim)
+        for victim in room.unloaded:
+            self.unload(gpu, victim.model)
+        expected_s = 0.0
+        for victim in room.offloaded:
+            expected_s += cluster.profiles.offload_s(victim.model, gpu.kind)
+            cache.park(memory, cluster.drop_resident(gpu, victim.model))
+            self._outbox.actions.append(Offload(gpu.gpu_id, victim.model))
+        expected_s += cluster.load_s(model, gpu)
+        if model in memory.parked:
+            self._outbox.actions.append(Restore(gpu.gpu_id, model, request_id))
+        else:
+            self._outbox.actions.append(Load(gpu.gpu_id, model, request_id, cache.copies(model) > 0))
+        cache.reserve(memory, model, cluster.models[model].memory_bytes, now_s).in_use = True
+        return expected_s
+
+    def unload(self, gpu: GpuState, model: str) -> None:
+        """HOT -> COLD."""
+        self._cluster.drop_resident(gpu, model)
+        self._outbox.actions.append(Unload(gpu.gpu_id, model))
+
+    def forget(self, gpu: GpuState, model: str) -> None:
+        """WARM -> COLD."""
+        self._cache.unpark(gpu.memory, model)
+        self._outbox.actions.append(Unload(gpu.gpu_id, model))
