@@ -267,3 +267,16 @@ def test_a_model_file_is_a_function_for_everybody_else_too(server: Server) -> No
     np.testing.assert_array_equal(np.array(answer.json()["scores"], np.float32), expected(server))
     forged = httpx.post(f"{server.url}/function/classifier", headers={"content-type": "application/vnd.hotset.v2"})
     assert forged.status_code == 415
+
+
+def test_the_guides_commands_and_programs_run(server: Server, tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
+    blocks = re.findall(r"```(python|sh)\n(.*?)```", guide, re.DOTALL)
+    assert len(blocks) == 5
+    for language, block in blocks:
+        code = block.replace("http://127.0.0.1:8080", server.url)
+        code = code.replace("127.0.0.1:8080", server.http).replace("127.0.0.1:8001", server.grpc)
+        command = [sys.executable, "-W", "ignore", "-c", code] if language == "python" else ["sh", "-ec", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert "scores" in done.stdout or re.search(r"0\.\d+", done.stdout), done.stdout
