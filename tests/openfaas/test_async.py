@@ -126,6 +126,17 @@ def test_a_call_that_is_answered_too_busy_is_tried_again(tmp_path):
     with_callbacks(story, tmp_path)
 
 
+def test_a_call_cannot_pretend_to_come_through_the_v2_front_door(tmp_path):
+    async def story(faas: Faas, receiver: Receiver):
+        await faas.deploy("cat", "cat", annotations=FAST)
+        headers = {"x-callback-url": CALLBACK, "content-type": "application/vnd.hotset.v2; warm"}
+        await faas.http.post("/async-function/cat", headers=headers)
+        await until(lambda: bool(receiver.requests))
+        assert receiver.requests[0].headers["x-function-status"] == "415"
+
+    with_callbacks(story, tmp_path)
+
+
 def test_a_functions_own_failure_is_an_answer(tmp_path):
     async def story(faas: Faas, receiver: Receiver):
         faas.node.default = FakeFunction(load_s=0, inference_s=0, respond=answering(500))

@@ -20,6 +20,7 @@ import msgspec
 from hotset.errors import StoreError
 from hotset.functions.codecs import JSON
 from hotset.functions.http_envelope import REQUEST
+from hotset.functions.runtime import V2_PREFIX
 from hotset.gateway.calls import Result, StreamBroken
 from hotset.gateway.control import Control
 from hotset.gateway.functions import Version
@@ -275,6 +276,9 @@ class AsyncQueue:
             return _Answer(404, [("content-type", JSON)], refusal, 0.0, reached=False)
         given = dict(request.headers)
         content_type, accept = given.get("content-type", ""), given.get("accept", "*/*")
+        if content_type.startswith(V2_PREFIX):
+            refusal = error_body("inference requests of the v2 protocol go to /v2/models/NAME/infer")
+            return _Answer(415, [("content-type", JSON)], refusal, 0.0, reached=False)
         if is_process(version):
             added = forwarded(None, given.get("host", ""), call.call_id, int(call.accepted_at_s * 1e9))
             body = request_envelope("POST", request.path, request.query, request.headers, body, added)
