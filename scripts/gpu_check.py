@@ -40,6 +40,7 @@ CHECKS: Mapping[str, Check] = {
     "residency": memory.residency,
     "allocator": memory.allocator,
     "swaps": memory.swaps,
+    "parking": copies.parking,
     "bandwidth": copies.bandwidth,
     "overlap": copies.overlap,
     "out of memory": faults.out_of_memory,

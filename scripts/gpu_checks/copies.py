@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from statistics import median
+
+from gpu_checks.memory import SLACK_MIB, used_mib
 from gpu_checks.record import Findings
-from gpu_checks.setup import Setup
+from gpu_checks.setup import MIB, Setup
 
 COPY_MIB = 256
+ROUNDS = 5
 LEAST_SHARE = 0.7
 """Of a plain pinned copy: what parking a model's tensors one by one may cost at most."""
 LEAST_OVERLAP = 1.3
@@ -29,6 +33,37 @@ async def bandwidth(setup: Setup, found: Findings) -> None:
     found.expect(rates["pinned_gb_per_s"] >= rates["pageable_gb_per_s"], "a pinned copy is slower than a pageable one")
     found.expect(offload >= LEAST_SHARE, f"offload reaches {offload:.0%} of a pinned copy")
     found.expect(restore >= LEAST_SHARE, f"restore reaches {restore:.0%} of a pinned copy")
+
+
+async def parking(setup: Setup, found: Findings) -> None:
+    """The node parks a model in host memory and brings it back: same process, same answers, memory free in between."""
+    async with setup.node() as node:
+        spec = setup.probe(3)
+        loaded = await node.load(spec)
+        pid = node.report(spec).pid
+        offload_s, restore_s = [], []
+        for _ in range(ROUNDS):
+            hot_mib = used_mib(setup.nvml) if setup.nvml else 0.0
+            parked = await node.offload(spec)
+            freed_mib = hot_mib - used_mib(setup.nvml) if setup.nvml else setup.model_mib - parked.device_bytes / MIB
+            found.expect(freed_mib >= setup.model_mib - SLACK_MIB, f"an offload freed {freed_mib:.0f} MiB")
+            restored = await node.restore(spec)
+            answer = await node.ask(spec, "scale", 7.0)
+            found.expect(answer["value"] == 21.0, f"3 times 7 was {answer['value']} after a restore")
+            offload_s.append(parked.offload_s)
+            restore_s.append(restored.load_s)
+        found.expect(node.report(spec).pid == pid, "its process is another one")
+    found.figures |= {
+        "load_s": loaded.load_s,
+        "offload_s": median(offload_s),
+        "restore_s": median(restore_s),
+        "freed_mib": freed_mib,
+        "parked_mib": parked.host_bytes / MIB,
+    }
+    if setup.virtual:
+        found.note = "a virtual GPU's memory is host memory: nothing is copied"
+    else:
+        found.figures["restore_gb_per_s"] = setup.model_bytes / median(restore_s) / 1e9
 
 
 async def overlap(setup: Setup, found: Findings) -> None:

@@ -33,7 +33,7 @@ CALL_LIMIT_S = 40.0
 GONE_WITHIN_S = 10.0
 ZYGOTE_WITHIN_S = 40.0
 POOL_SIZE = 1
-FRAMEWORKS = ("torch", "safetensors", "numpy")
+FRAMEWORKS = ("torch", "safetensors", "safetensors.torch", "numpy")
 """What the probes import."""
 
 
@@ -61,6 +61,14 @@ class KeptSource(ZygoteSource):
 
     def end(self) -> None:
         super().close()
+
+
+class Parked(msgspec.Struct, frozen=True):
+    """A finished offload. ``device_bytes``: what its process still holds of the GPU."""
+
+    offload_s: float
+    device_bytes: int
+    host_bytes: int
 
 
 class Setup:
@@ -201,6 +209,22 @@ class Driven:
             raise NodeFailure(FailureKind.ERROR, str(answer["error"]))
         return answer
 
+    async def offload(self, spec: LaunchSpec) -> Parked:
+        """Raises ``NodeFailure``."""
+        gpu_id = self.gpus[0].gpu_id
+        future = self._expect(gpu_id, spec.model)
+        self.node.offload(gpu_id, spec.model)
+        parked: Parked = await future
+        return parked
+
+    async def restore(self, spec: LaunchSpec) -> Loaded:
+        """Raises ``NodeFailure``."""
+        gpu_id = self.gpus[0].gpu_id
+        future = self._expect(gpu_id, spec.model)
+        self.node.restore(gpu_id, spec.model)
+        restored: Loaded = await future
+        return restored
+
     async def unload(self, spec: LaunchSpec, gpu: int = 0) -> float:
         """Returns the seconds until its process was gone."""
         gpu_id = self.gpus[gpu].gpu_id
@@ -222,7 +246,7 @@ class Driven:
         future = self._waiting[gpu_id, model] = self._loop.create_future()
         return future
 
-    def _settle(self, gpu_id: str, model: str, result: Loaded | NodeFailure | None) -> None:
+    def _settle(self, gpu_id: str, model: str, result: Loaded | Parked | NodeFailure | None) -> None:
         future = self._waiting.pop((gpu_id, model), None)
         if future is None or future.done():
             return
@@ -240,6 +264,12 @@ class Driven:
         self, gpu_id: str, model: str, kind: FailureKind, reason: str, memory_bytes: int | None = None
     ) -> None:
         self._settle(gpu_id, model, NodeFailure(kind, reason))
+
+    def offloaded(self, gpu_id: str, model: str, offload_s: float, device_bytes: int, host_bytes: int) -> None:
+        self._settle(gpu_id, model, Parked(offload_s, device_bytes, host_bytes))
+
+    def restored(self, gpu_id: str, model: str, restore_s: float, memory_bytes: int | None) -> None:
+        self._settle(gpu_id, model, Loaded(restore_s, memory_bytes or 0))
 
     def answered(self, answer: Answer) -> None:
         self._bodies[answer.request_id] = bytes(answer.body)

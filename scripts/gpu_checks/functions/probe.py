@@ -141,7 +141,7 @@ class Copies:
         on_device = torch.empty(mib * MIB, dtype=torch.uint8, device=self.device)
         square = torch.ones(SQUARE, SQUARE, device=self.device)
         product = torch.empty_like(square)
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
         def copy() -> None:
             with torch.cuda.stream(side):
