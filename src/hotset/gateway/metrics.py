@@ -1,6 +1,6 @@
 """Prometheus metrics. Counting is a few additions per call; all formatting happens when somebody scrapes.
 
-Exported (docs/http-api.md): ``hotset_requests_total``, ``hotset_request_seconds``, ``hotset_queue_seconds_total``,
+Exported (docs/operations.md): ``hotset_requests_total``, ``hotset_request_seconds``, ``hotset_queue_seconds_total``,
 ``hotset_load_seconds_total``, ``hotset_inference_seconds_total``, ``hotset_hits_total``, ``hotset_misses_total``,
 ``hotset_false_misses_total``, ``hotset_evictions_total`` and ``hotset_queue_length`` by function;
 ``hotset_gpu_memory_used_bytes``, ``hotset_gpu_memory_capacity_bytes`` and ``hotset_gpu_busy_ratio`` by GPU.
