@@ -22,7 +22,7 @@ def test_a_function_is_deployed_called_listed_and_removed(gateway: str, function
 
     described = json.loads(hotset("describe", "short-lived", "--gateway", gateway, "--json").output)
     assert described["envVars"] == {"TONE": "warm"}
-    assert described["labels"] == {"team": "a"}
+    assert described["labels"] == {"team": "a", "faas_function": described["name"]}
     assert described["hotset"]["gpu_memory_bytes"] == 16 << 20
     assert described["hotset"]["timeout_s"] == 5.0
     assert described["hotset"]["retry"] is False

@@ -29,6 +29,12 @@ class Lazy(msgspec.Struct, frozen=True):
 
 # To add a command, add a line.
 COMMANDS: dict[str, Lazy] = {
+    "async": Lazy("hotset.cli.async_:async_", "Look after asynchronous calls that wait or were given up."),
+    "key": Lazy("hotset.cli.key:key", "Make, list and remove the keys of functions."),
+    "login": Lazy("hotset.cli.login:login", "Keep a user and password for a server."),
+    "logout": Lazy("hotset.cli.login:logout", "Forget them."),
+    "push": Lazy("hotset.cli.push:push", "Send files to the server under an image name."),
+    "secret": Lazy("hotset.cli.secret:secret", "Keep, list and remove values that functions get as files."),
     "bench": Lazy("hotset.cli.bench:bench", "Call deployed functions as a workload says, and measure."),
     "deploy": Lazy("hotset.cli.deploy:deploy", "Deploy a function from a file or a folder."),
     "describe": Lazy("hotset.cli.functions:describe", "Show everything about one function."),

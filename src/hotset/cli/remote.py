@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
 from typing import IO, Any, Self
 from urllib.parse import quote
@@ -12,6 +13,8 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
+from hotset.cli import credentials
+from hotset.cli.credentials import Login
 from hotset.cli.options import DEFAULT_GATEWAY
 from hotset.errors import ConfigurationError, HotsetError
 
@@ -27,14 +30,30 @@ class ServerError(HotsetError):
         self.status = status
 
 
+class _AdminOnly(httpx.Auth):
+    """Shows the credentials where they are asked for; what a call carries is for the function to see."""
+
+    def __init__(self, login: Login) -> None:
+        self._basic = httpx.BasicAuth(login.user, login.password)
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        if request.url.path.startswith(("/system/", "/v2/repository/")):
+            yield from self._basic.auth_flow(request)
+        else:
+            yield request
+
+
 class Remote:
     """A server's API. Every method raises ``HotsetError`` with one sentence when it cannot do what it says."""
 
-    def __init__(self, gateway: str, timeout_s: float = 600.0) -> None:
+    def __init__(self, gateway: str, timeout_s: float = 600.0, login: Login | None = None) -> None:
+        """``login``: instead of what ``hotset login`` has kept for this server."""
         if not gateway.startswith(("http://", "https://")):
             raise ConfigurationError(f"--gateway {gateway!r} is no URL: write one such as {DEFAULT_GATEWAY}")
         self.url = gateway.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(timeout_s, connect=10.0))
+        known = login or credentials.find(gateway)
+        auth = None if known is None else _AdminOnly(known)
+        self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(timeout_s, connect=10.0), auth=auth)
 
     def __enter__(self) -> Self:
         return self
@@ -46,6 +65,12 @@ class Remote:
         """A JSON answer."""
         with self._connected():
             return self._checked(self._http.get(path, params=query)).json()
+
+    def change(self, method: str, path: str, body: Any = None) -> Any:
+        """Send a JSON body; returns the JSON answer, None when it is empty."""
+        with self._connected():
+            response = self._checked(self._http.request(method, path, json=body))
+        return response.json() if response.content else None
 
     def function(self, name: str) -> Any:
         """One function's status."""
@@ -110,14 +135,15 @@ class Remote:
     def invoke(self, name: str, body: bytes, headers: dict[str, str]) -> httpx.Response:
         """Call a function; whatever it answers is returned, errors too."""
         with self._connected():
-            return self._http.post(f"/function/{quote(name, safe='.')}", content=body, headers=headers)
+            return self._http.post(f"/function/{quote(name, safe='.')}", content=body, headers={**api_key(), **headers})
 
     @contextlib.contextmanager
     def stream(self, name: str, body: bytes, headers: dict[str, str]) -> Iterator[httpx.Response]:
         """Call a function and read the answer as it comes."""
+        url = f"/function/{quote(name, safe='.')}"
         with (
             self._connected(),
-            self._http.stream("POST", f"/function/{quote(name, safe='.')}", content=body, headers=headers) as response,
+            self._http.stream("POST", url, content=body, headers={**api_key(), **headers}) as response,
         ):
             yield response
 
@@ -141,10 +167,18 @@ class Remote:
         return response
 
 
+def api_key() -> dict[str, str]:
+    """The header that shows ``HOTSET_API_KEY``, for functions that are called with a key."""
+    key = os.environ.get("HOTSET_API_KEY")
+    return {"x-api-key": key} if key else {}
+
+
 def error_text(response: httpx.Response) -> str:
     """The sentence in a server's error answer."""
     with contextlib.suppress(msgspec.DecodeError):
         body = msgspec.json.decode(response.content)
         if isinstance(body, dict) and isinstance(body.get("error"), str):
             return str(body["error"])
+    if response.status_code == 401:
+        return "the server asks who you are: run `hotset login`"
     return f"HTTP {response.status_code}: {response.text[:500]}"
