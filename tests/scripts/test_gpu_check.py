@@ -132,6 +132,12 @@ def test_the_checks_pass_on_virtual_gpus(monkeypatch: pytest.MonkeyPatch, capsys
     assert "raised by hand" in records["sticky error"]["why"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_checks_pass_on_this_machines_gpu() -> None:
+    assert gpu_check.main(["--json"]) == 0
+
+
 def test_forks_and_policies_are_compared_on_virtual_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_check.policies, "MOST_CALLS", 20)
     setup = Setup(tmp_path, nvml_library=None, model_mib=4)
