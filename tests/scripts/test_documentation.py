@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import cli_page
 import pytest
 
 from hotset.cli.serve import serve
@@ -34,6 +35,10 @@ def test_every_setting_of_the_server_is_explained() -> None:
     flags = {option for parameter in serve.params for option in parameter.opts if option.startswith("--")}
     missing = {flag for flag in flags if f"`{flag}`" not in OPERATIONS}
     assert not missing, f"explain in docs/operations.md: {sorted(missing)}"
+
+
+def test_the_page_of_the_command_line_is_what_the_commands_say() -> None:
+    assert cli_page.PAGE.read_text() == cli_page.page(), "run `python scripts/cli_page.py` and commit docs/cli.md"
 
 
 def test_every_metric_is_explained() -> None:
