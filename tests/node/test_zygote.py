@@ -60,6 +60,7 @@ async def test_a_process_from_the_pool_has_the_imports_and_its_own_environment(r
         questions = Questions(node, recorder)
         assert await questions.ask("colorsys") == "True"
         assert await questions.ask("env:GREETING") == "hi"
+        assert await questions.ask("env:PYTORCH_NVML_BASED_CUDA_CHECK") == "1"  # or an import might spoil CUDA for all forks
         assert int(await questions.ask("parent")) != os.getpid()
         assert recorder.whats[0] == "loaded"
 

@@ -32,8 +32,13 @@ STATUS_WITHIN_S = 1.0
 """Longest wait for a dead child's status; the zygote reports it within a millisecond."""
 FORK_WITHIN_S = 0.5
 _STARTUP_ONLY = ("LD_", "PYTHON", "GLIBC_", "MALLOC_")
-_ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""numpy's BLAS starts its threads when it is imported, and no thread may be there when the zygote forks."""
+_FORKABLE = {
+    **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+"""numpy's BLAS starts its threads when it is imported, and no thread may be there when the zygote forks. A module that
+asks for ``torch.cuda.is_available()`` when it is imported would start CUDA's runtime, which is of no use to a fork then
+(PyTorch's CUDA notes, "poison fork")."""
 
 
 class _Child(msgspec.Struct, frozen=True):
@@ -70,7 +75,7 @@ class _Zygote:
                     *(python, "-P", "-m", "hotset.node.worker.zygote", "--socket", str(theirs.fileno())),
                     *("--parent", str(os.getpid()), "--modules", ",".join(modules)),
                 ],
-                env=child_environment(_ONE_THREAD),
+                env=child_environment(_FORKABLE),
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 process_group=0,
