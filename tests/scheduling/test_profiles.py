@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scheduling_world import World, model
 
-from hotset.scheduling.profiles import DEFAULT_INFERENCE_S, DEFAULT_LOAD_S, Average, BatchLine, Profiles
+from hotset.scheduling.profiles import DEFAULT_INFERENCE_S, DEFAULT_LOAD_S, Average, BatchLine, Profiles, Typical
 
 
 def test_what_is_declared_counts_until_something_was_measured():
@@ -38,6 +38,24 @@ def test_an_average_is_exact_at_first_and_follows_later():
     for _ in range(200):
         average.observe(9.0)
     assert average.mean == pytest.approx(9.0, rel=1e-6)
+
+
+def test_a_first_load_that_had_to_import_a_framework_is_soon_forgotten():
+    profiles = Profiles()
+    profiles.observe_load("a", "h100", 2.0)
+    assert profiles.load_s("a", "h100") == 2.0
+    profiles.observe_load("a", "h100", 0.04)
+    assert profiles.load_s("a", "h100") == 0.04
+    for seconds in (0.05, 0.06, 3.0):
+        profiles.observe_load("a", "h100", seconds)
+    assert profiles.load_s("a", "h100") == 0.06, "nor does one slow load among others count"
+
+
+def test_a_load_that_becomes_slower_is_noticed():
+    typical = Typical(None)
+    for seconds in (0.1, 0.1, 0.1, 0.1, 0.1, 0.5, 0.5, 0.5):
+        typical.observe(seconds)
+    assert typical.value == 0.5
 
 
 def test_a_batch_is_priced_in_proportion_until_two_sizes_were_seen():

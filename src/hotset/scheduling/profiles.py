@@ -1,15 +1,21 @@
 """Profiles: what loads and runs cost, declared at first, learned from then on.
 
-Load time is a moving average per model and GPU kind. Inference time is a moving least-squares line over the batch size
-(``a + b * n``), so that one estimate serves single requests and batches (paper: latencies are profiled per model).
+Load time is the median of the newest loads per model and GPU kind. Inference time is a moving least-squares line over
+the batch size (``a + b * n``), so that one estimate serves single requests and batches (paper: latencies are profiled
+per model).
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 from hotset.vocabulary import Model
 
 NEWEST_WEIGHT = 0.1
 """Weight of the newest observation once there are more than 1 / 0.1 of them."""
+
+NEWEST_LOADS = 5
+"""Loads that the expected load time is the median of."""
 
 DEFAULT_LOAD_S = 2.5
 DEFAULT_INFERENCE_S = 0.1
@@ -32,6 +38,23 @@ class Average:
             self.mean = value
         else:
             self.mean += max(NEWEST_WEIGHT, 1.0 / self.count) * (value - self.mean)
+
+
+class Typical:
+    """The median of the newest few observations, so that one that is out of the ordinary teaches nothing: a first load
+    that had to import a framework takes fifty times as long as those after it, and an average would remember it for
+    dozens of loads."""
+
+    __slots__ = ("_newest", "value")
+
+    def __init__(self, prior: float | None) -> None:
+        self.value = prior
+        self._newest: deque[float] = deque(maxlen=NEWEST_LOADS)
+
+    def observe(self, value: float) -> None:
+        """Of two, the smaller counts: what was slow once need not be so again."""
+        self._newest.append(value)
+        self.value = sorted(self._newest)[(len(self._newest) - 1) // 2]
 
 
 class BatchLine:
@@ -73,12 +96,12 @@ class Profiles:
     """Estimates for every model; one object serves all GPUs."""
 
     def __init__(self) -> None:
-        self._loads: dict[tuple[str, str], Average] = {}
+        self._loads: dict[tuple[str, str], Typical] = {}
         self._restores: dict[tuple[str, str], Average] = {}
         self._offloads: dict[tuple[str, str], Average] = {}
         self._runs: dict[tuple[str, str], BatchLine] = {}
         self._models: dict[str, Model] = {}
-        self._any_load = Average(None)
+        self._any_load = Typical(None)
         self._any_copy = Average(None)
         """Seconds a byte of restores and offloads, of all models: both are copies over the same bus."""
         self._any_run = Average(None)
@@ -95,9 +118,9 @@ class Profiles:
     def load_s(self, model: str, kind: str) -> float:
         """Expected seconds to load the model on a GPU of this kind."""
         known = self._loads.get((model, kind)) or self._load(model, kind)
-        if known.mean is not None:
-            return known.mean
-        return self._any_load.mean if self._any_load.mean is not None else DEFAULT_LOAD_S
+        if known.value is not None:
+            return known.value
+        return self._any_load.value if self._any_load.value is not None else DEFAULT_LOAD_S
 
     def restore_s(self, model: str, kind: str) -> float:
         """Expected seconds from WARM to HOT."""
@@ -155,10 +178,10 @@ class Profiles:
         (self._runs.get((model, kind)) or self._run(model, kind)).observe(batch, seconds)
         self._any_run.observe(seconds / batch)
 
-    def _load(self, model: str, kind: str) -> Average:
+    def _load(self, model: str, kind: str) -> Typical:
         declared = self._models.get(model)
-        average = self._loads[model, kind] = Average(declared.profile.load_s if declared else None)
-        return average
+        typical = self._loads[model, kind] = Typical(declared.profile.load_s if declared else None)
+        return typical
 
     def _run(self, model: str, kind: str) -> BatchLine:
         declared = self._models.get(model)
