@@ -7,6 +7,7 @@ import pytest
 from hotset.scheduling.cluster import Cluster
 from hotset.scheduling.queue import Entry, Place
 from hotset.scheduling.scheduler import Scheduler
+from hotset.vocabulary import Residency
 
 
 def check(scheduler: Scheduler, now_s: float) -> None:
@@ -20,12 +21,38 @@ def check(scheduler: Scheduler, now_s: float) -> None:
 
 
 def check_memory(scheduler: Scheduler) -> None:
+    hosts = {id(gpu.memory.host): gpu.memory.host for gpu in scheduler.cluster.gpus.values()}
+    held = dict.fromkeys(hosts, 0)
     for gpu in scheduler.cluster.gpus.values():
         memory = gpu.memory
-        assert memory.used_bytes == sum(resident.memory_bytes for resident in memory.residents.values())
+        assert memory.parked_bytes == sum(resident.device_bytes for resident in memory.parked.values())
+        resident_bytes = sum(resident.memory_bytes for resident in memory.residents.values())
+        assert memory.used_bytes == resident_bytes + memory.parked_bytes
         assert 0 <= memory.used_bytes <= memory.capacity_bytes
-        in_use = [name for name, resident in memory.residents.items() if resident.in_use]
-        assert in_use == ([gpu.work.model] if gpu.work is not None else []), "in use = what the GPU works on"
+        in_use = {name for name, resident in memory.residents.items() if resident.in_use}
+        working_on = {gpu.work.model if gpu.work is not None else None, memory.copying} - {None}
+        assert in_use == working_on, "in use = what the GPU works on"
+        states = {name: resident.state for name, resident in memory.residents.items()}
+        loading = [name for name, state in states.items() if state is Residency.LOADING]
+        loading_for = gpu.work.model if gpu.work is not None and gpu.work.loading else memory.copying
+        assert loading == ([loading_for] if loading_for is not None else [])
+        assert set(states.values()) <= {Residency.HOT, Residency.LOADING}
+        assert not memory.residents.keys() & memory.parked.keys(), "one level at a time"
+        assert sum(resident.ahead for resident in memory.residents.values()) <= 1, "useless prefetches are bounded"
+        held[id(memory.host)] += sum(
+            resident.host_bytes for resident in (*memory.residents.values(), *memory.parked.values())
+        )
+        for name, resident in memory.parked.items():
+            assert (resident.model, resident.state) == (name, Residency.WARM)
+            assert memory.host.parked[resident] is memory
+            assert scheduler.cluster.is_deployed(name)
+            assert gpu.gpu_id in scheduler.cache.parked_on(name)
+    for number, host in hosts.items():
+        assert host.used_bytes == held[number]
+        assert 0 <= host.used_bytes <= host.capacity_bytes
+        assert all(resident.model in memory.parked for resident, memory in host.parked.items())
+    parked = [name for gpu in scheduler.cluster.gpus.values() for name in gpu.memory.parked]
+    assert sum(len(held) for held in scheduler.cache._parked_on.values()) == len(parked)
 
 
 def check_gpus(cluster: Cluster) -> None:
@@ -33,7 +60,10 @@ def check_gpus(cluster: Cluster) -> None:
     assert list(cluster.idle) == sorted(idle, key=lambda gpu: gpu.idle_rank), "idle set, longest first"
     assert cluster.largest_bytes == max((gpu.gpu.memory_bytes for gpu in cluster.gpus.values()), default=0)
     for gpu in cluster.gpus.values():
-        assert gpu.work is not None or not gpu.local_queue, "an idle GPU serves its local queue first"
+        if gpu.work is None:
+            assert not any(cluster.can_start(gpu, entry.model) for entry in gpu.local_queue), "local queues go first"
+            assert gpu.memory.copying is not None or not gpu.local_queue
+        assert gpu.memory.copying is None or cluster.overlap
         assert gpu.local_backlog_s == pytest.approx(sum(entry.local_cost_s for entry in gpu.local_queue))
 
 
@@ -84,12 +114,13 @@ def check_holders(cluster: Cluster) -> None:
         holders = [gpu for gpu in cluster.gpus.values() if name in gpu.memory.residents]
         assert sorted(cluster.cache.holders(name)) == sorted(gpu.gpu_id for gpu in holders)
         assert cluster.cache.copies(name) == len(holders)
-        idle = [gpu for gpu in holders if gpu.work is None]
-        busy = [gpu for gpu in holders if gpu.work is not None]
+        idle = [gpu for gpu in holders if gpu.work is None and gpu.memory.copying != name]
+        busy = [gpu for gpu in holders if gpu not in idle]
         assert cluster.idle_holder(name) is min(idle, key=lambda gpu: gpu.idle_rank, default=None)
         assert cluster.earliest_holder(name) is min(busy, key=lambda gpu: (gpu.finish_s, gpu.index), default=None)
     for gpu in cluster.idle:
-        first = next((entry for entry in cluster.queue.in_order() if entry.model in gpu.memory.residents), None)
+        ready = gpu.memory.residents.keys() - {gpu.memory.copying}
+        first = next((entry for entry in cluster.queue.in_order() if entry.model in ready), None)
         assert cluster.first_waiting_hit(gpu) is first
 
 

@@ -6,13 +6,14 @@ soon as an action breaks a rule. After every event the scheduler's indexes are r
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from invariants import check
 
-from hotset.scheduling.actions import Action, Load, Reject, Run, Unload
+from hotset.scheduling.actions import Action, Load, Offload, Reject, Restore, Run, Unload
 from hotset.scheduling.events import (
     Event,
     GpuJoined,
@@ -20,7 +21,9 @@ from hotset.scheduling.events import (
     LoadFailed,
     ModelAdded,
     ModelLoaded,
+    ModelOffloaded,
     ModelRemoved,
+    ModelRestored,
     ProcessLost,
     RequestArrived,
     RequestCancelled,
@@ -29,6 +32,7 @@ from hotset.scheduling.events import (
     TimeAdvanced,
 )
 from hotset.scheduling.eviction import make_eviction
+from hotset.scheduling.parking import ParkedSize
 from hotset.scheduling.policies import PolicySettings, make_policy
 from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
 from hotset.vocabulary import FailureKind, Gpu, Model, Profile, RejectReason, Request
@@ -49,13 +53,28 @@ class Device:
 
     gpu: Gpu
     resident: dict[str, int] = field(default_factory=dict)
-    loading: Load | None = None
+    parked: dict[str, ParkedSize] = field(default_factory=dict)
+    restoring_bytes: dict[str, int] = field(default_factory=dict)
+    """Host memory of models on their way back."""
+    lane: deque[Load | Restore | Offload] = field(default_factory=deque)
+    """What is to be copied, in order."""
     running: Run | None = None
 
     @property
-    def busy_model(self) -> str | None:
-        doing = self.loading or self.running
-        return doing.model if doing is not None else None
+    def loading(self) -> Load | Restore | None:
+        return next((copy for copy in self.lane if not isinstance(copy, Offload)), None)
+
+    @property
+    def in_use(self) -> list[str]:
+        return [doing.model for doing in (self.loading, self.running) if doing is not None]
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(self.resident.values()) + sum(size.device_bytes for size in self.parked.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(size.host_bytes for size in self.parked.values()) + sum(self.restoring_bytes.values())
 
 
 def model(
@@ -89,6 +108,7 @@ class World:
         config: SchedulerConfig | None = None,
         o3_limit: int = 25,
     ) -> None:
+        self.config = config or SchedulerConfig()
         self.scheduler = Scheduler(
             make_policy(policy, PolicySettings(o3_limit=o3_limit)), make_eviction(eviction), config
         )
@@ -100,6 +120,8 @@ class World:
         self.rejects: dict[int, Reject] = {}
         self.log: list[Action] = []
         """Every action so far."""
+        self.sizes: dict[str, ParkedSize] = {}
+        """What models were measured to take while parked."""
         self._last_id = 0
         self._joined = 0
         for gib in gpus:
@@ -132,13 +154,13 @@ class World:
         self.now_s = until_s
 
     def loaded(self, gpu_id: str, *, load_s: float = 4.0, memory_bytes: int | None = None) -> None:
-        device = self.devices[gpu_id]
-        load = device.loading
-        assert load is not None, f"{gpu_id} loads nothing"
-        device.loading = None
+        """A load or a restore is done, and whatever was to be copied before it."""
+        device, copy = self._next_load(gpu_id)
         if memory_bytes is not None:
-            device.resident[load.model] = memory_bytes
-        self.handle(ModelLoaded(gpu_id, load.model, load_s, memory_bytes))
+            device.resident[copy.model] = memory_bytes
+        device.restoring_bytes.pop(copy.model, None)
+        event = ModelLoaded if isinstance(copy, Load) else ModelRestored
+        self.handle(event(gpu_id, copy.model, load_s, memory_bytes))
 
     def load_fails(
         self,
@@ -147,12 +169,37 @@ class World:
         reason: str = "it died",
         memory_bytes: int | None = None,
     ) -> None:
+        device, copy = self._next_load(gpu_id)
+        del device.resident[copy.model]
+        device.restoring_bytes.pop(copy.model, None)
+        self.handle(LoadFailed(gpu_id, copy.model, kind, reason, memory_bytes))
+
+    def _next_load(self, gpu_id: str) -> tuple[Device, Load | Restore]:
         device = self.devices[gpu_id]
-        load = device.loading
-        assert load is not None, f"{gpu_id} loads nothing"
-        device.loading = None
-        del device.resident[load.model]
-        self.handle(LoadFailed(gpu_id, load.model, kind, reason, memory_bytes))
+        while device.lane:
+            copy = device.lane[0]
+            if not isinstance(copy, Offload):
+                device.lane.popleft()
+                return device, copy
+            self.offloaded(gpu_id)
+        raise AssertionError(f"{gpu_id} loads nothing")
+
+    def offloaded(self, gpu_id: str, *, size: ParkedSize | None = None, offload_s: float = 0.5) -> None:
+        device = self.devices[gpu_id]
+        copy = device.lane.popleft()
+        assert isinstance(copy, Offload)
+        size = size or device.parked.get(copy.model) or ParkedSize(0, GIB)
+        self.sizes[copy.model] = size
+        if copy.model in device.parked:
+            device.parked[copy.model] = size
+        self.handle(ModelOffloaded(gpu_id, copy.model, offload_s, size.device_bytes, size.host_bytes))
+
+    def offload_fails(self, gpu_id: str, reason: str = "it died") -> None:
+        device = self.devices[gpu_id]
+        copy = device.lane.popleft()
+        assert isinstance(copy, Offload)
+        device.parked.pop(copy.model, None)
+        self.handle(ProcessLost(gpu_id, copy.model, reason))
 
     def finish(self, gpu_id: str, *, inference_s: float = 1.0) -> None:
         device = self.devices[gpu_id]
@@ -181,15 +228,16 @@ class World:
 
     def process_dies(self, gpu_id: str, name: str, reason: str = "it died") -> None:
         device = self.devices[gpu_id]
-        assert device.busy_model != name, "a busy process dies by a failed load or run"
-        del device.resident[name]
+        assert name not in device.in_use, "a busy process dies by a failed load or run"
+        if device.parked.pop(name, None) is None:
+            del device.resident[name]
         self.handle(ProcessLost(gpu_id, name, reason))
 
-    def join(self, gib: float, *, gpu_id: str | None = None, kind: str = "virtual") -> str:
+    def join(self, gib: float, *, gpu_id: str | None = None, kind: str = "virtual", node: str = "local") -> str:
         if gpu_id is None:
             gpu_id = f"g{self._joined}"
             self._joined += 1
-        gpu = Gpu(gpu_id=gpu_id, memory_bytes=int(gib * GIB), kind=kind)
+        gpu = Gpu(gpu_id=gpu_id, memory_bytes=int(gib * GIB), kind=kind, node=node)
         self.devices[gpu_id] = Device(gpu)
         self.handle(GpuJoined(gpu))
         return gpu_id
@@ -217,23 +265,26 @@ class World:
     def drain(self) -> None:
         """Serve whatever is there until nobody waits."""
         for _ in range(10_000):
-            busy = [device for device in self.devices.values() if device.busy_model is not None]
+            busy = [device for device in self.devices.values() if device.in_use or device.lane]
             if not busy:
                 break
             device = busy[0]
             if device.loading is not None:
                 self.loaded(device.gpu.gpu_id)
+            elif device.lane:
+                self.offloaded(device.gpu.gpu_id)
             else:
                 self.finish(device.gpu.gpu_id)
 
     # What came of it
 
     def doing(self, gpu_id: str) -> str:
-        """``loading a``, ``running a``, or ``idle``."""
+        """``running a``, ``loading a``, ``restoring a``, or ``idle``; ``running a, loading b`` in two lanes."""
         device = self.devices[gpu_id]
+        doing = [f"running {device.running.model}"] if device.running is not None else []
         if device.loading is not None:
-            return f"loading {device.loading.model}"
-        return f"running {device.running.model}" if device.running is not None else "idle"
+            doing.append(f"{'loading' if isinstance(device.loading, Load) else 'restoring'} {device.loading.model}")
+        return ", ".join(doing) or "idle"
 
     def running(self, gpu_id: str) -> tuple[int, ...]:
         run = self.devices[gpu_id].running
@@ -246,6 +297,10 @@ class World:
     def resident(self, gpu_id: str) -> list[str]:
         """The models on a GPU, least recently used first."""
         return list(self.scheduler.cache.memory(gpu_id).residents)
+
+    def parked(self, gpu_id: str) -> list[str]:
+        """The WARM models of a GPU, longest parked first."""
+        return list(self.scheduler.cache.memory(gpu_id).parked)
 
     def actions(self, kind: type[Action]) -> list[Action]:
         return [action for action in self.log if isinstance(action, kind)]
@@ -263,18 +318,31 @@ class World:
 
     def _carry_out(self, action: Action) -> None:
         match action:
-            case Load():
+            case Load() | Restore():
                 device = self.devices[action.gpu_id]
-                assert device.busy_model is None, f"{action} while {device} is busy"
+                assert device.loading is None, f"{action} while {device} loads"
+                assert self.config.overlap or device.running is None, f"{action} while {device} is busy"
                 assert action.model not in device.resident, f"{action}: it is there"
                 assert action.request_id in self.open, f"{action} for a request that ended"
                 others = (other for other in self.devices.values() if other is not device)
-                assert action.false_miss == any(action.model in other.resident for other in others)
-                device.loading = action
+                if isinstance(action, Load):
+                    assert action.model not in device.parked, f"{action}: it is parked there"
+                    assert action.false_miss == any(action.model in other.resident for other in others)
+                else:
+                    device.restoring_bytes[action.model] = device.parked.pop(action.model).host_bytes
+                device.lane.append(action)
                 device.resident[action.model] = self.scheduler.cluster.models[action.model].memory_bytes
+            case Offload():
+                device = self.devices[action.gpu_id]
+                assert action.model not in device.in_use, f"{action} while in use"
+                reserved_bytes = device.resident.pop(action.model)
+                device.lane.append(action)
+                device.parked[action.model] = self.sizes.get(action.model) or ParkedSize(0, reserved_bytes)
             case Run():
                 device = self.devices[action.gpu_id]
-                assert device.busy_model is None, f"{action} while {device} is busy"
+                assert device.running is None, f"{action} while {device} is busy"
+                assert device.loading is None or self.config.overlap, f"{action} while {device} loads"
+                assert device.loading is None or device.loading.model != action.model, f"{action}: not there yet"
                 assert action.model in device.resident, f"{action}: it is not there"
                 assert action.request_ids, f"{action} for nobody"
                 assert len(set(action.request_ids)) == len(action.request_ids)
@@ -284,8 +352,9 @@ class World:
                 device.running = action
             case Unload():
                 device = self.devices[action.gpu_id]
-                assert device.busy_model != action.model, f"{action} while in use"
-                del device.resident[action.model]
+                assert action.model not in device.in_use, f"{action} while in use"
+                if device.parked.pop(action.model, None) is None:
+                    del device.resident[action.model]
             case Reject():
                 assert action.message, "a rejection says why"
                 del self.open[action.request_id]
@@ -306,6 +375,16 @@ class World:
             memory = scheduler.cache.memory(gpu_id)
             held: Mapping[str, int] = {name: resident.memory_bytes for name, resident in memory.residents.items()}
             assert held == device.resident
+            assert set(memory.parked) == set(device.parked)
+            for name, size in device.parked.items():
+                resident = memory.parked[name]
+                assert ParkedSize(resident.device_bytes, resident.host_bytes) == size
             work = scheduler.cluster.gpus[gpu_id].work
-            assert (work.model if work is not None else None) == device.busy_model
-            assert sum(device.resident.values()) <= device.gpu.memory_bytes
+            working_on = [each for each in (memory.copying, work.model if work is not None else None) if each]
+            assert working_on == device.in_use
+            assert device.used_bytes <= device.gpu.memory_bytes
+        for node in {device.gpu.node for device in self.devices.values()}:
+            devices = [device for device in self.devices.values() if device.gpu.node == node]
+            host_bytes = sum(device.host_bytes for device in devices)
+            assert host_bytes <= self.config.host_memory_bytes
+            assert {scheduler.cache.memory(device.gpu.gpu_id).host.used_bytes for device in devices} == {host_bytes}

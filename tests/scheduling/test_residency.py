@@ -69,7 +69,7 @@ def test_what_was_measured_replaces_what_was_declared():
 def test_a_measurement_beyond_the_gpu_does_not_make_a_resident_model_too_large():
     world = World(gpus=(2.0,))
     world.arrive("a")
-    world.devices["g0"].loading = None
+    world.devices["g0"].lane.clear()
     world.devices["g0"].resident["a"] = 2 * GIB
     world.handle(ModelLoaded("g0", "a", 4.0, 3 * GIB))
     world.finish("g0")

@@ -14,10 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from scheduling_world import GIB, Device, World, model
 
 from hotset.scheduling import holders
-from hotset.scheduling.actions import Action
+from hotset.scheduling.actions import Action, Offload
 from hotset.scheduling.cluster import Cluster
 from hotset.scheduling.events import Event
 from hotset.scheduling.eviction import EVICTIONS, make_eviction
+from hotset.scheduling.parking import ParkedSize
 from hotset.scheduling.policies import POLICIES, PolicySettings, make_policy
 from hotset.scheduling.policies.interface import Placement, Policy
 from hotset.scheduling.quarantine import QuarantineSettings
@@ -55,12 +56,15 @@ class Watched:
     def _watch(self, cluster: Cluster, placement: Placement) -> None:
         waiting = list(cluster.queue.in_order())
         assert placement.entry in waiting, "only a waiting request can be placed"
-        assert placement.local == (placement.gpu not in cluster.idle), "now on an idle GPU, later on a busy one"
+        awaited = placement.gpu.memory.copying == placement.entry.model
+        assert placement.local == (placement.gpu not in cluster.idle) or awaited, "now on an idle GPU, later on another"
         for entry in waiting:
             # One that came back from a lost GPU passes nobody any more.
             self.passed_by[entry.seq] -= {other.seq for other in waiting}
-        room_bytes = placement.gpu.memory.capacity_bytes
+        room_bytes, lane_taken = placement.gpu.memory.capacity_bytes, placement.gpu.memory.copying is not None
         for entry in waiting:
+            if lane_taken and not cluster.can_start(placement.gpu, entry.model):
+                continue
             if entry.seq < placement.entry.seq and cluster.models[entry.model].memory_bytes <= room_bytes:
                 self.passed_by[entry.seq].add(placement.entry.seq)
                 if self.most_skips is not None:
@@ -80,6 +84,7 @@ class ClusterStory(RuleBasedStateMachine):
 
     policy = ""
     eviction = ""
+    tiers = SchedulerConfig()
 
     @initialize(
         gpus=st.lists(st.sampled_from((2.0, 3.0, 8.0)), min_size=1, max_size=5),
@@ -105,6 +110,8 @@ class ClusterStory(RuleBasedStateMachine):
             burst_s=burst_s,
             journal_capacity=journal,
             quarantine=QuarantineSettings(after=2, first_s=2.0, longest_s=8.0),
+            host_memory_bytes=self.tiers.host_memory_bytes,
+            overlap=self.tiers.overlap,
         )
         self.world = world = Recording(
             self.policy, eviction=self.eviction, gpus=(), models=(), config=self.config, o3_limit=O3_LIMIT
@@ -112,8 +119,8 @@ class ClusterStory(RuleBasedStateMachine):
         world.scheduler.policy = Watched(world.scheduler.policy)
         for name, gib in zip("abcd", (1.0, 1.0, 2.0, 5.0), strict=True):
             world.add(model(name, gib))
-        for gib in gpus:
-            world.join(gib)
+        for number, gib in enumerate(gpus):
+            world.join(gib, node=f"node{number % 2}")
 
     # Clients
 
@@ -154,9 +161,26 @@ class ClusterStory(RuleBasedStateMachine):
         device = self._some(data, self.loading)
         assert device.loading is not None
         reserved_bytes = device.resident[device.loading.model]
-        free_bytes = device.gpu.memory_bytes - sum(device.resident.values())
+        free_bytes = device.gpu.memory_bytes - device.used_bytes
+        if any(isinstance(copy, Offload) for copy in device.lane):
+            share = None if share is None else min(share, 1.0)
         measured = None if share is None else min(int(reserved_bytes * share), reserved_bytes + free_bytes)
         self.world.loaded(device.gpu.gpu_id, load_s=load_s, memory_bytes=measured)
+
+    @property
+    def offloading(self) -> list[Device]:
+        return [device for device in self.world.devices.values() if device.lane and device.lane[0] != device.loading]
+
+    @precondition(lambda self: self.offloading)
+    @rule(data=st.data(), device_gib=st.sampled_from((0.0, 0.25, 1.0)), host_gib=st.sampled_from((0.5, 1.0, 4.0)))
+    def offloaded(self, data: st.DataObject, device_gib: float, host_gib: float):
+        size = ParkedSize(device_bytes=int(device_gib * GIB), host_bytes=int(host_gib * GIB))
+        self.world.offloaded(self._some(data, self.offloading).gpu.gpu_id, size=size)
+
+    @precondition(lambda self: self.offloading)
+    @rule(data=st.data())
+    def offload_fails(self, data: st.DataObject):
+        self.world.offload_fails(self._some(data, self.offloading).gpu.gpu_id)
 
     @precondition(lambda self: self.loading or self.running)
     @rule(turns=st.integers(1, 6), elapsed_s=seconds)
@@ -198,8 +222,8 @@ class ClusterStory(RuleBasedStateMachine):
         return [
             (gpu_id, name)
             for gpu_id, device in self.world.devices.items()
-            for name in device.resident
-            if name != device.busy_model
+            for name in (*device.resident, *device.parked)
+            if name not in device.in_use and all(copy.model != name for copy in device.lane)
         ]
 
     # Machines and models come and go, seldom enough that there is something to lose
@@ -241,10 +265,19 @@ class ClusterStory(RuleBasedStateMachine):
         assert again == self.world.log
 
 
+TIERS = {
+    "paper": SchedulerConfig(),
+    "warm": SchedulerConfig(host_memory_bytes=5 * GIB // 2),
+    "overlap": SchedulerConfig(overlap=True),
+    "warm-overlap": SchedulerConfig(host_memory_bytes=4 * GIB, overlap=True),
+}
+
+
+@pytest.mark.parametrize("tiers", TIERS.values(), ids=TIERS)
 @pytest.mark.parametrize(("policy", "eviction"), COMBINATIONS, ids=["-".join(pair) for pair in COMBINATIONS])
-def test_the_invariants_hold(policy: str, eviction: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_invariants_hold(policy: str, eviction: str, tiers: SchedulerConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(holders, "MANY_COPIES", holders.MANY_COPIES)  # stories set it as they like
-    story = type("Story", (ClusterStory,), {"policy": policy, "eviction": eviction})
+    story = type("Story", (ClusterStory,), {"policy": policy, "eviction": eviction, "tiers": tiers})
     run_state_machine_as_test(
         story,
         settings=settings(

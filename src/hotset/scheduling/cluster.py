@@ -24,11 +24,11 @@ class Work:
 
     __slots__ = ("entries", "hit", "load_s", "loading", "model", "started_s")
 
-    def __init__(self, model: str, entries: list[Entry], *, hit: bool, now_s: float) -> None:
+    def __init__(self, model: str, entries: list[Entry], *, hit: bool, now_s: float, loading: bool = False) -> None:
         self.model = model
         self.entries = entries
         self.hit = hit
-        self.loading = not hit
+        self.loading = loading
         self.started_s = now_s
         self.load_s = 0.0
         """Measured time of the load that came first; 0 for a hit."""

@@ -228,7 +228,7 @@ class Scheduler:
                 self._copy(gpu, entry, room, now_s)
         elif room is not None:
             expected_s = self._transitions.bring(gpu, model, room, entry.request.request_id, now_s)
-            work = Work(model, [entry], hit=False, now_s=now_s)
+            work = Work(model, [entry], hit=False, now_s=now_s, loading=True)
             cluster.set_busy(gpu, work, now_s + expected_s + cluster.inference_s(model, gpu))
 
     def _room(self, gpu: GpuState, model: str, now_s: float) -> Room | None:
