@@ -36,6 +36,7 @@ _INTERNAL = (b"x-openfaas-internal", b"hotset")
 _HIT = (b"x-hotset-cache", b"hit")
 _MISS = (b"x-hotset-cache", b"miss")
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+_ALLOW = (b"allow", ", ".join(sorted(METHODS)).encode())
 DEFAULT_MAX_BODY_BYTES = 64 << 20
 DEFAULT_MAX_OPEN_BYTES = 2 << 30
 
@@ -96,7 +97,7 @@ class Gateway:
     async def _submit(self, scope: Scope, receive: Receive) -> PendingCall | None:
         """Read the request and hand it in; None: the client left before it was read."""
         if scope["method"] not in METHODS:
-            raise BodyError(405, f"a function cannot be called with {scope['method']}: use POST")
+            raise BodyError(405, f"a function cannot be called with {scope['method']}: use POST", _ALLOW)
         control = self._control
         function = scope["path"][_NAME_AT:]
         if function not in control.functions.current:

@@ -51,8 +51,9 @@ def _kinds(operation: Operation) -> list[Any]:
 
 
 def _described(operation: Operation, known: dict[str, Any]) -> dict[str, Any]:
+    words = re.sub("[^a-z0-9]+", "_", f"{operation.method}{operation.path}".lower())
     described: dict[str, Any] = {
-        "operationId": f"{operation.method.lower()}_{re.sub('[^a-z0-9]+', '_', operation.path.lower()).strip('_')}",
+        "operationId": words if operation.path.endswith("/") else words.rstrip("_"),
         "summary": operation.summary,
         "tags": [operation.tag],
         "responses": {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -59,7 +59,7 @@ _IMAGE = name_parameter("REPOSITORY[:TAG].", "name", "^.+$")
 
 
 class ImageRequest(msgspec.Struct, frozen=True, kw_only=True):
-    digest: str
+    digest: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": "^[0-9a-f]{64}$"})]
     """Of a bundle that is here."""
 
 
@@ -129,7 +129,7 @@ class SystemApi:
                 summary="Send a bundle, a zip file",
                 tag="bundles",
                 parameters=(_DIGEST,),
-                raw_body="application/zip",
+                raw_body="application/octet-stream",
                 answers={201: Answer(text="It is here.", kind=BundleRecord)},
             ),
             Operation(

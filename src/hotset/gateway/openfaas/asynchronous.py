@@ -52,7 +52,12 @@ class AsyncApi:
 
     def operations(self) -> list[Operation]:
         answers = {202: Answer(text="It is on the disk and will be made.", media=None)}
-        callback = Parameter(name="X-Callback-Url", where="header", text="Where the answer is sent.")
+        callback = Parameter(
+            name="X-Callback-Url",
+            where="header",
+            text="Where the answer is sent.",
+            schema={"type": "string", "format": "uri", "pattern": "^https?://[a-zA-Z0-9.-]+(/[a-zA-Z0-9/._-]*)?$"},
+        )
         return [
             *(
                 Operation(

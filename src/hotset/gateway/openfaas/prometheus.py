@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
 INVOCATIONS = "gateway_function_invocation_total"
+_QUERY = {"type": "string", "minLength": 1}
 _MATCHER = re.compile(r'function_name\s*=(~?)\s*"([^"]{0,300})"')
 
 
@@ -103,7 +104,9 @@ class QueryApi:
                 handler=self.query,
                 summary="Calls of each function, as an OpenFaaS gateway asks Prometheus for them",
                 tag="metrics",
-                parameters=(Parameter(name="query", text="PromQL, as far as OpenFaaS uses it.", required=True),),
+                parameters=(
+                    Parameter(name="query", text="PromQL, as far as OpenFaaS uses it.", required=True, schema=_QUERY),
+                ),
                 answers={
                     200: Answer(text="A vector.", kind=QueryResult),
                     400: Answer(text="There is no query.", kind=QueryError),

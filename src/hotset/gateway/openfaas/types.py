@@ -13,6 +13,10 @@ import msgspec
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 Strings = Mapping[str, str]
+# The patterns are described here and checked in naming.py, whose errors say what to do.
+Label = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"})]
+SecretKey = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": "^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"})]
+Given = Annotated[str, msgspec.Meta(extra_json_schema={"minLength": 1})]
 
 
 class Resources(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -44,7 +48,7 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class FunctionDeployment(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """What ``POST`` and ``PUT /system/functions`` take."""
 
-    service: str
+    service: Label
     image: str = ""
     namespace: str | None = None
     env_process: str | None = None
@@ -119,7 +123,7 @@ class FunctionStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel", 
 
 
 class DeleteFunctionRequest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    function_name: str
+    function_name: Given
     namespace: str | None = None
 
 
@@ -154,7 +158,7 @@ class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Secret(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """What a client sends. ``raw_value`` wins: ``value`` may have been trimmed, and cannot hold binary."""
 
-    name: str
+    name: SecretKey
     namespace: str | None = None
     value: str | None = None
     raw_value: bytes | None = None
@@ -168,7 +172,7 @@ class SecretName(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FunctionNamespace(msgspec.Struct, frozen=True, kw_only=True):
-    name: str = ""
+    name: Label = ""
     annotations: Strings | None = None
     labels: Strings | None = None
 
