@@ -178,6 +178,19 @@ def test_the_blocking_client_has_the_same_methods(monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_a_client_says_who_it_is_where_it_is_told_to() -> None:
+    seen: list[httpx.Headers] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers)
+        return httpx.Response(200)
+
+    with hotset.Client(transport=httpx.MockTransport(answer), key="secret", auth=("ada", "pw")) as client:
+        client.load("m")
+    assert seen[0]["x-api-key"] == "secret"
+    assert seen[0]["authorization"] == "Basic YWRhOnB3"
+
+
 def test_the_asyncio_client_waits_and_fails_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         server = Scripted(

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
-from hotset.errors import FunctionError, InputError
+from hotset.cli.model_bundle import model_folder
+from hotset.errors import ConfigurationError, FunctionError, InputError
 from hotset.functions.contract import FunctionKind, options_of
 from hotset.functions.loading import load_entry
 from hotset.functions.model_files import FileSettings, source_of
@@ -337,6 +338,27 @@ def test_weights_beside_the_file_belong_to_it(tmp_path: Path) -> None:
     model.graph.initializer[0].external_data[0].value = "../elsewhere.bin"
     path.write_bytes(model.SerializeToString())
     assert "put them beside the model" in refusal(path)
+
+
+def test_a_model_file_is_deployed_with_all_that_belongs_to_it(tmp_path: Path) -> None:
+    path = classifier(tmp_path)
+    (tmp_path / "requirements.txt").write_text("onnxruntime")
+    (tmp_path / "unrelated").touch()
+    with model_folder(path, FileSettings(max_rows=2)) as folder:
+        assert sorted(each.name for each in folder.iterdir()) == [
+            "classifier.onnx",
+            "hotset_model.py",
+            "requirements.txt",
+        ]
+        assert "classifier.onnx" in (folder / "hotset_model.py").read_text()
+    assert not folder.exists()
+
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    with model_folder(path, FileSettings()) as folder:
+        assert (folder / "weights.bin").read_bytes() == (tmp_path / "weights.bin").read_bytes()
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(ConfigurationError, match=r"needs weights\.bin beside it"), model_folder(path, FileSettings()):
+        pass
 
 
 def test_requests_join_row_by_row_and_one_with_too_many_fails_alone(tmp_path: Path) -> None:

@@ -38,11 +38,18 @@ class AsyncClient:
         *,
         timeout_s: float = 600.0,
         retries: Retries | None = None,
+        key: str | None = None,
+        auth: tuple[str, str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """``timeout_s``: longest wait for one answer. ``transport``: httpx's, for tests."""
+        """``timeout_s``: longest wait for one answer. ``key``: shown to functions that ask for one. ``auth``: user and
+        password, for ``models``, ``load`` and ``unload`` where the server asks. ``transport``: httpx's, for tests."""
         self._http = httpx.AsyncClient(
-            base_url=url.rstrip("/"), timeout=httpx.Timeout(timeout_s, connect=10.0), transport=transport
+            base_url=url.rstrip("/"),
+            timeout=httpx.Timeout(timeout_s, connect=10.0),
+            headers={} if key is None else {"X-Api-Key": key},
+            auth=auth,
+            transport=transport,
         )
         self._retries = retries or Retries()
 
