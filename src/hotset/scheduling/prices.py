@@ -26,7 +26,7 @@ LAST_HORIZON_S = 12.0
 """The same for a model's last copy."""
 LEAST_UTILISATION, MOST_UTILISATION = 0.3, 0.98
 """A GPU is never taken to be free, or busy, for certain."""
-FRESH_S = 1.0
+FRESH_S = 2.0
 MOST_COMPARED = 8
 """Residents of which the cheapest set is searched exactly: at most 2 ** 8 sets, a few in practice."""
 
@@ -40,31 +40,36 @@ class PricedResident(msgspec.Struct, frozen=True, gc=False):
     """How many there were when it was priced; with another number the price is void."""
 
 
+class _Room(msgspec.Struct, frozen=True, gc=False):
+    """The cheapest way to make room."""
+
+    victims: list[Resident]
+    price_s: float
+
+
 class _GpuPrices:
     """Prices of one GPU's residents, as long as they are the same and were priced lately."""
 
-    __slots__ = ("checked", "fresh_until_s", "memory", "priced", "utilisation", "version", "victims")
+    __slots__ = ("fresh_until_s", "memory", "priced", "rooms", "utilisation", "version")
 
     def __init__(self, memory: GpuMemory, utilisation: float, now_s: float) -> None:
         self.memory = memory
         self.version = memory.version
         self.fresh_until_s = now_s + FRESH_S
         self.utilisation = utilisation
-        self.checked = -1
-        """Version of the cluster's residency for which ``priced`` is known to hold."""
-        self.priced: dict[str, PricedResident] = {}
-        self.victims: dict[int, list[Resident]] = {}
-        """Cheapest victims by the bytes they had to free."""
+        self.priced: dict[str, PricedResident] | None = None
+        self.rooms: dict[int, _Room] = {}
+        """By the bytes that were missing, for a GPU that nobody else waits for."""
 
 
 class _Demand:
-    """What a model's callers wait for its holders, within the horizon."""
+    """What one more copy of a model would save."""
 
-    __slots__ = ("copies", "fresh_until_s", "waiting_s")
+    __slots__ = ("copies", "fresh_until_s", "saving_s")
 
-    def __init__(self, copies: int, waiting_s: float, now_s: float) -> None:
+    def __init__(self, copies: int, saving_s: float, now_s: float) -> None:
         self.copies = copies
-        self.waiting_s = waiting_s
+        self.saving_s = saving_s
         self.fresh_until_s = now_s + FRESH_S
 
 
@@ -87,11 +92,29 @@ class Prices:
 
     def price_s(self, gpu: GpuState, victims: Sequence[Resident], now_s: float) -> float:
         """What losing these residents would cost their callers."""
-        priced = self._priced(gpu, now_s).priced
+        priced = self._priced(gpu, now_s)
         price_s = 0.0
         for victim in victims:
             price_s += priced[victim.model].price_s
         return price_s
+
+    def room_s(self, gpu: GpuState, missing_bytes: int, now_s: float) -> float | None:
+        """The price of ``cheapest_victims``, to compare GPUs by: maybe not the newest (``is_current``)."""
+        prices = self._of(gpu, now_s)
+        room = prices.rooms.get(missing_bytes) if gpu.work is None else None
+        if room is None:
+            room = self._room(gpu, missing_bytes, now_s)
+        return room.price_s if room is not None else None
+
+    def is_current(self, gpu: GpuState) -> bool:
+        """Whether the GPU's prices are those of now; where copies have come or gone elsewhere they are forgotten."""
+        prices, copies = self._gpus.get(gpu.gpu_id), self._cache.copies
+        if prices is not None and prices.priced is not None:
+            for model, one in prices.priced.items():
+                if one.copies != copies(model):
+                    del self._gpus[gpu.gpu_id]
+                    return False
+        return True
 
     def cheapest_victims(self, gpu: GpuState, missing_bytes: int, now_s: float) -> list[Resident] | None:
         """The residents whose going makes that much room for least; models that somebody waits for only in need.
@@ -99,42 +122,45 @@ class Prices:
         Exact for up to ``MOST_COMPARED`` residents; with more, the cheapest ones until there is room, less those that
         prove not to be needed. None: the room cannot be made.
         """
-        prices = self._priced(gpu, now_s)
-        lines, residents = self._cluster.queue.models, gpu.memory.residents
-        usual = gpu.work is None and (not lines or lines.keys().isdisjoint(residents))
-        if usual:
-            known = prices.victims.get(missing_bytes)
-            if known is not None:
-                return known
-        ranked = [priced for priced in prices.priced.values() if not priced.resident.in_use]
-        unwanted = ranked if usual else [priced for priced in ranked if priced.resident.model not in lines]
+        self.is_current(gpu)
+        room = self._room(gpu, missing_bytes, now_s)
+        return room.victims if room is not None else None
+
+    def _room(self, gpu: GpuState, missing_bytes: int, now_s: float) -> _Room | None:
+        priced = self._priced(gpu, now_s)
+        ranked = [one for one in priced.values() if not one.resident.in_use]
+        lines = self._cluster.queue.models
+        unwanted = [one for one in ranked if one.resident.model not in lines]
         for candidates in (unwanted, ranked):
-            if sum(priced.resident.memory_bytes for priced in candidates) >= missing_bytes:
+            if sum(one.resident.memory_bytes for one in candidates) >= missing_bytes:
                 victims = (_cheapest if len(candidates) <= MOST_COMPARED else _cheap)(candidates, missing_bytes)
-                if usual:
-                    prices.victims[missing_bytes] = victims
-                return victims
+                room = _Room([one.resident for one in victims], sum(one.price_s for one in victims))
+                if gpu.work is None and len(unwanted) == len(priced):
+                    self._gpus[gpu.gpu_id].rooms[missing_bytes] = room
+                return room
         return None
 
     def another_copy_s(self, gpu: GpuState, model: str, now_s: float) -> float:
-        """Waiting that one more copy, on that GPU, would save within the horizon. The model has at least one."""
-        demand = self._demand(gpu, model, now_s)
-        return demand.waiting_s * (1.0 - self.utilisation(gpu, now_s) * demand.copies / (demand.copies + 1))
+        """Waiting that one more copy, on a GPU as free as GPUs get, would save within the horizon.
+
+        ``gpu``: one of the kind that would run it. The model has at least one copy.
+        """
+        copies = self._cache.copies(model)
+        demand = self._demands.get(model)
+        if demand is None or demand.copies != copies or now_s >= demand.fresh_until_s:
+            demand = self._demands[model] = _Demand(copies, self._saving_s(gpu, model, copies, now_s), now_s)
+        return demand.saving_s
 
     def forget(self, model: str) -> None:
         """The model is gone for good."""
         self._demands.pop(model, None)
 
-    def _demand(self, gpu: GpuState, model: str, now_s: float) -> _Demand:
-        copies = self._cache.copies(model)
-        demand = self._demands.get(model)
-        if demand is None or demand.copies != copies or now_s >= demand.fresh_until_s:
-            waiting_s = 0.0
-            if copies <= MANY_COPIES:
-                runs_s = self._rates.per_s(model, now_s) * HORIZON_S * self._cluster.inference_s(model, gpu)
-                waiting_s = runs_s * self._all_busy(model, None, now_s) / copies
-            demand = self._demands[model] = _Demand(copies, waiting_s, now_s)
-        return demand
+    def _saving_s(self, gpu: GpuState, model: str, copies: int, now_s: float) -> float:
+        if copies > MANY_COPIES:
+            return 0.0
+        runs_s = self._rates.per_s(model, now_s) * HORIZON_S * self._cluster.inference_s(model, gpu)
+        now_busy = self._all_busy(model, None, now_s)
+        return runs_s * (now_busy / copies - now_busy * LEAST_UTILISATION / (copies + 1))
 
     def _loss_s(self, gpu: GpuState, model: str, now_s: float) -> float:
         """The last copy: the next request pays a load, if it comes within the horizon. Another: more waiting."""
@@ -177,59 +203,54 @@ class Prices:
             prices = self._gpus[gpu.gpu_id] = _GpuPrices(memory, utilisation, now_s)
         return prices
 
-    def _priced(self, gpu: GpuState, now_s: float) -> _GpuPrices:
-        """The GPU's prices, with its residents in order, cheapest to lose first."""
+    def _priced(self, gpu: GpuState, now_s: float) -> dict[str, PricedResident]:
+        """The GPU's residents, cheapest to lose first."""
         prices = self._of(gpu, now_s)
-        version = self._cache.version
-        if prices.checked != version:
-            copies = self._cache.copies
-            if prices.checked < 0 or any(one.copies != copies(model) for model, one in prices.priced.items()):
-                ranked = [
-                    PricedResident(self._loss_s(gpu, model, now_s), resident, copies(model))
-                    for model, resident in gpu.memory.residents.items()
-                ]
-                ranked.sort(key=_by_price)
-                prices.priced = {one.resident.model: one for one in ranked}
-                prices.victims = {}
-            prices.checked = version
-        return prices
+        if prices.priced is None:
+            ranked = [
+                PricedResident(self._loss_s(gpu, model, now_s), resident, self._cache.copies(model))
+                for model, resident in gpu.memory.residents.items()
+            ]
+            ranked.sort(key=_by_price)
+            prices.priced = {one.resident.model: one for one in ranked}
+        return prices.priced
 
 
 def _by_price(priced: PricedResident) -> float:
     return priced.price_s
 
 
-def _cheap(ranked: Sequence[PricedResident], missing_bytes: int) -> list[Resident]:
+def _cheap(ranked: Sequence[PricedResident], missing_bytes: int) -> list[PricedResident]:
     """From the cheapest on until there is room, less those that prove not to be needed, the dearest first."""
-    chosen: list[Resident] = []
-    for priced in ranked:
-        chosen.append(priced.resident)
-        missing_bytes -= priced.resident.memory_bytes
+    chosen: list[PricedResident] = []
+    for one in ranked:
+        chosen.append(one)
+        missing_bytes -= one.resident.memory_bytes
         if missing_bytes <= 0:
             break
-    for resident in chosen[-2::-1]:
-        if missing_bytes + resident.memory_bytes <= 0:
-            chosen.remove(resident)
-            missing_bytes += resident.memory_bytes
+    for one in chosen[-2::-1]:
+        if missing_bytes + one.resident.memory_bytes <= 0:
+            chosen.remove(one)
+            missing_bytes += one.resident.memory_bytes
     return chosen
 
 
-def _cheapest(ranked: Sequence[PricedResident], missing_bytes: int) -> list[Resident]:
+def _cheapest(ranked: Sequence[PricedResident], missing_bytes: int) -> list[PricedResident]:
     """The set of least price that makes the room, by depth-first search: the cheapest first, so bounds bite early."""
-    best: list[Resident] = []
+    best: list[PricedResident] = []
     best_s = math.inf
 
-    def extend(start: int, missing: int, price_s: float, chosen: list[Resident]) -> None:
+    def extend(start: int, missing: int, price_s: float, chosen: list[PricedResident]) -> None:
         nonlocal best, best_s
         for index in range(start, len(ranked)):
-            priced = ranked[index]
-            total_s = price_s + priced.price_s
+            one = ranked[index]
+            total_s = price_s + one.price_s
             if total_s >= best_s:
                 return  # the rest is at least as dear
-            if priced.resident.memory_bytes >= missing:
-                best, best_s = [*chosen, priced.resident], total_s
+            if one.resident.memory_bytes >= missing:
+                best, best_s = [*chosen, one], total_s
                 return
-            extend(index + 1, missing - priced.resident.memory_bytes, total_s, [*chosen, priced.resident])
+            extend(index + 1, missing - one.resident.memory_bytes, total_s, [*chosen, one])
 
     extend(0, missing_bytes, 0.0, [])
     return best

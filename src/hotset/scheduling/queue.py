@@ -8,7 +8,7 @@ the head. No counter per request is kept.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from enum import Enum
 
@@ -64,7 +64,7 @@ class GlobalQueue:
 
     def __init__(self) -> None:
         self._fifo: deque[Entry] = deque()
-        self._by_model: dict[str, deque[Entry]] = {}
+        self._by_model: OrderedDict[str, deque[Entry]] = OrderedDict()
         self.waiting = 0
         """How many requests wait (read only)."""
         self.skips_of_head = 0
@@ -142,15 +142,14 @@ class GlobalQueue:
         return len(line) if line is not None else 0
 
     @property
-    def models(self) -> dict[str, deque[Entry]]:
+    def models(self) -> OrderedDict[str, deque[Entry]]:
         """The models somebody waits for (read only), each with its line, oldest first; the newest lines last."""
         return self._by_model
 
     def set_back(self, models: list[str]) -> None:
         """Move these models' lines to the end of ``models``: whoever looks only at the first few has seen them."""
-        lines = self._by_model
         for model in models:
-            lines[model] = lines.pop(model)
+            self._by_model.move_to_end(model)
 
     def in_order(self) -> Iterator[Entry]:
         """Every waiting request, oldest first."""

@@ -18,3 +18,6 @@ class Hotset(EvictionPolicy):
     def choose(self, memory: GpuMemory, missing_bytes: int, now_s: float) -> list[Resident] | None:
         cluster = self.cluster
         return cluster.prices.cheapest_victims(cluster.gpus[memory.gpu_id], missing_bytes, now_s)
+
+    def price_s(self, memory: GpuMemory, missing_bytes: int, now_s: float) -> float | None:
+        return self.cluster.prices.room_s(self.cluster.gpus[memory.gpu_id], missing_bytes, now_s)

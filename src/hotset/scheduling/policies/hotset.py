@@ -11,14 +11,17 @@ from hotset.scheduling.cluster import Cluster, GpuState
 from hotset.scheduling.policies.interface import Placement, PolicySettings, Rule
 from hotset.scheduling.queue import Entry
 
+MOST_NEW = 3
+"""Idle GPUs, and lines, that one decision looks at for hits, newest first."""
 MOST_GPUS = 16
 """GPUs compared for one load."""
-MOST_LINES = 64
-"""Models waited for that are compared for one load; lines are in order of their beginning, about oldest first."""
-MOST_COPIED = 12
-"""Models waited for that are considered for a further copy."""
-MOST_DEFERRED = 4
-"""Models whose load may be put off in one decision before the rest waits for the next event."""
+MOST_LINES = 32
+"""Models waited for that one decision looks at. Where there are more, they take turns, but those that no GPU holds come
+first."""
+MOST_COPIED = 8
+"""Of these, the models that are considered for a further copy."""
+MOST_PRICED = 2
+"""Models for which one decision looks for the cheapest GPU."""
 MOST_HELPED = 16
 """Requests of one line for which the use of a further copy is worked out."""
 HEAD_START_S = 2.0
@@ -35,29 +38,31 @@ class _Load(msgspec.Struct, frozen=True, gc=False):
     gpu: GpuState
     price_s: float
     """What its victims' callers would pay."""
-    blocking_s: float
-    """What the callers of the other residents would pay, as the GPU is not theirs meanwhile."""
-
-    @property
-    def total_s(self) -> float:
-        return self.price_s + self.blocking_s
+    total_s: float
+    """With what the callers of the other residents would pay, as the GPU is not theirs meanwhile."""
 
 
-class _Nowhere(msgspec.Struct, frozen=True, gc=False, order=True):
-    """A model that is waited for and that no GPU holds; the one that most deserves a load sorts first."""
+class _Candidate(msgspec.Struct, gc=False):
+    """A model that is worth a load."""
 
-    rank: float
     model: str
+    worth: float
+    """Per second of GPU time; to compare candidates by."""
+    most_s: float = math.inf
+    """Most that its victims' callers may pay for it."""
+    place: int = 0
+    """Of the request, in its line, that the load is for."""
+    wait_s: float = 0.0
+    """Until a holder could start that line."""
 
 
-class _Copy(msgspec.Struct, frozen=True, gc=False, order=True):
-    """A model that is worth a further copy, if room for it is cheap enough; the worthiest sorts first."""
+class _Waiting(msgspec.Struct, gc=False):
+    """What one decision sees of the queue."""
 
-    rank: float
-    model: str
-    gain_s: float
-    helped: int
-    wait_s: float
+    nowhere: list[str]
+    """Models that no GPU holds."""
+    held: list[str]
+    """Models whose holders are all busy."""
 
 
 class Hotset:
@@ -84,12 +89,12 @@ class Hotset:
         hit = self._hit(cluster, head, now_s)
         if hit is not None:
             return hit
-        nowhere, waiting = _lines_of_no_holder(cluster, now_s)
-        miss = self._miss(cluster, head, nowhere, now_s)
-        if miss is not None:
-            return miss
-        gpu_time_price = GPU_TIME_PRICE * (1.0 + CROWDING * waiting / len(cluster.gpus))
-        return self._copy(cluster, head, gpu_time_price, now_s)
+        waiting = _look(cluster)
+        if waiting.nowhere:
+            miss = self._miss(cluster, head, waiting.nowhere, now_s)
+            if miss is not None:
+                return miss
+        return self._copy(cluster, head, waiting, now_s) if waiting.held else None
 
     def _in_order(self, cluster: Cluster, now_s: float) -> Placement | None:
         """The oldest request that fits on an idle GPU: where its model is, else where room is cheapest."""
@@ -97,7 +102,7 @@ class Hotset:
             gpu = cluster.idle_holder(entry.model)
             if gpu is None:
                 load = self._cheapest_load(cluster, entry.model, now_s)
-                gpu = load.gpu if load is not None else None
+                gpu = load.gpu if load is not None else cluster.first_idle(entry.model)
             if gpu is not None:
                 return Placement(entry, gpu, Rule.OLDEST_FIRST)
         return None
@@ -106,26 +111,40 @@ class Hotset:
         """The oldest request that needs no load, on the holder that the others' models can best spare."""
         best: Entry | None = None
         lines = cluster.queue.models
-        if len(lines) < len(cluster.idle):
-            for model, line in lines.items():
-                if (best is None or line[0].seq < best.seq) and cluster.idle_holder(model) is not None:
-                    best = line[0]
-        else:
-            for gpu in cluster.idle:
-                entry = cluster.first_waiting_hit(gpu)
-                if entry is not None and (best is None or entry.seq < best.seq):
-                    best = entry
+        # What could be a hit was one at once: only GPUs that have just become idle and lines that have just begun are
+        # new, and both stand last.
+        for model in islice(reversed(lines), MOST_NEW):
+            entry = lines[model][0]
+            if (best is None or entry.seq < best.seq) and cluster.idle_holder(model) is not None:
+                best = entry
+        for gpu in islice(reversed(cluster.idle), MOST_NEW):
+            hit = cluster.first_waiting_hit(gpu)
+            if hit is not None and (best is None or hit.seq < best.seq):
+                best = hit
         if best is None:
             return None
         rule = Rule.HIT_ELSEWHERE if best is head else Rule.OUT_OF_ORDER_HIT
         return Placement(best, _most_spare_holder(cluster, best.model, now_s), rule, skips=best is not head)
 
-    def _miss(self, cluster: Cluster, head: Entry, nowhere: list[_Nowhere], now_s: float) -> Placement | None:
-        """Load a model that no GPU holds, unless a better place for it is about to be free."""
-        for candidate in nowhere[:MOST_DEFERRED]:
+    def _miss(self, cluster: Cluster, head: Entry, models: list[str], now_s: float) -> Placement | None:
+        """Load a model that no GPU holds, unless a better place for it is about to be free.
+
+        The one first that ends the most waiting per second of GPU time.
+        """
+        gpu, lines = next(iter(cluster.idle)), cluster.queue.models
+        candidates: list[_Candidate] = []
+        for model in models:
+            if cluster.first_idle(model) is None:
+                continue
+            line = lines[model]
+            count = len(line)
+            gpu_s = cluster.load_s(model, gpu) + count * cluster.inference_s(model, gpu)
+            age_s = now_s - line[0].request.arrival_s + HEAD_START_S
+            candidates.append(_Candidate(model, count * age_s / gpu_s if gpu_s else math.inf))
+        for candidate in _best(candidates):
             load = self._cheapest_load(cluster, candidate.model, now_s)
             if load is not None and not self._worth_putting_off(cluster, candidate.model, load, now_s):
-                entry = cluster.queue.models[candidate.model][0]
+                entry = lines[candidate.model][0]
                 return Placement(entry, load.gpu, Rule.CHEAPEST_ROOM, skips=entry is not head)
         return None
 
@@ -134,11 +153,11 @@ class Hotset:
 
         One that others already wait for does not count: it will be theirs.
         """
-        if not load.price_s:
-            return False
-        need_bytes, lines = cluster.models[model].memory_bytes, cluster.queue.models
-        for gpu in islice(cluster.gpus.values(), MOST_GPUS):
-            if gpu.work is None or gpu.memory.capacity_bytes < need_bytes:
+        if not load.price_s or len(cluster.gpus) > MOST_GPUS:
+            return False  # in a large cluster some GPU has cheap room at any time
+        lines = cluster.queue.models
+        for gpu in cluster.gpus.values():
+            if gpu.work is None:
                 continue
             wait_s = max(gpu.busy_until_s - now_s, 0.0)
             if wait_s < load.total_s and lines.keys().isdisjoint(gpu.memory.residents):
@@ -147,70 +166,86 @@ class Hotset:
                     return True
         return False
 
-    def _copy(self, cluster: Cluster, head: Entry, gpu_time_price: float, now_s: float) -> Placement | None:
+    def _copy(self, cluster: Cluster, head: Entry, waiting: _Waiting, now_s: float) -> Placement | None:
         """Load one more copy of a model, for the first of its line whom no holder can start before the load is done."""
-        candidates: list[_Copy] = []
-        prices, gpu = cluster.prices, next(iter(cluster.idle))
-        for model, line in islice(cluster.queue.models.items(), MOST_COPIED):
+        prices, gpu, lines = cluster.prices, next(iter(cluster.idle)), cluster.queue.models
+        homeless = sum(len(lines[model]) for model in waiting.nowhere)
+        gpu_time_price = GPU_TIME_PRICE * (1.0 + CROWDING * homeless / len(cluster.gpus))
+        candidates: list[_Candidate] = []
+        for model in waiting.held:
+            line = lines[model]
             holder = cluster.earliest_holder(model)
-            if holder is not None:
-                load_s = cluster.load_s(model, gpu)
-                wait_s = _wait_for(cluster, holder, model, line[0], now_s)
-                saved_s, helped = _saved(
-                    len(line), wait_s, load_s, cluster.inference_s(model, gpu), cluster.cache.copies(model)
-                )
-                gain_s = saved_s + prices.another_copy_s(gpu, model, now_s) - gpu_time_price * load_s
-                if gain_s > 0.0:
-                    candidates.append(_Copy(-gain_s / load_s if load_s else -math.inf, model, gain_s, helped, wait_s))
-        candidates.sort()
-        for copy in candidates[:MOST_DEFERRED]:
-            load = self._cheapest_load(cluster, copy.model, now_s)
-            if load is not None and load.price_s < copy.gain_s:
-                entry = cluster.queue.models[copy.model][-max(copy.helped, 1)]
-                return Placement(entry, load.gpu, Rule.EXTRA_COPY, skips=entry is not head, waited_s=copy.wait_s)
+            if holder is None:  # they are all idle
+                skips = line[0] is not head
+                return Placement(line[0], _most_spare_holder(cluster, model, now_s), Rule.HIT_ELSEWHERE, skips=skips)
+            load_s = cluster.load_s(model, gpu)
+            wait_s = _wait_for(cluster, holder, model, line[0], now_s)
+            gain_s = prices.another_copy_s(gpu, model, now_s) - gpu_time_price * load_s
+            helped = 1
+            if len(line) > 1 or wait_s > load_s:
+                inference_s = cluster.inference_s(model, gpu)
+                saved_s, helped = _saved(len(line), wait_s, load_s, inference_s, cluster.cache.copies(model))
+                gain_s += saved_s
+            if gain_s > 0.0:
+                worth = gain_s / load_s if load_s else math.inf
+                candidates.append(_Candidate(model, worth, gain_s, len(line) - helped, wait_s))
+        for candidate in _best(candidates):
+            load = self._cheapest_load(cluster, candidate.model, now_s)
+            if load is not None and load.price_s < candidate.most_s:
+                entry = lines[candidate.model][candidate.place]
+                skips = entry is not head
+                return Placement(entry, load.gpu, Rule.EXTRA_COPY, skips=skips, waited_s=candidate.wait_s)
         return None
 
     def _cheapest_load(self, cluster: Cluster, model: str, now_s: float) -> _Load | None:
         """The idle GPU on which room for the model costs least; the one idle longest of equals."""
-        need_bytes = cluster.models[model].memory_bytes
-        best: _Load | None = None
-        for gpu in islice(cluster.idle, MOST_GPUS):
-            if gpu.memory.capacity_bytes >= need_bytes:
+        while True:
+            best: _Load | None = None
+            for gpu in islice(cluster.idle, MOST_GPUS):
                 load = _load_on(cluster, gpu, model, now_s)
                 if load is not None and (best is None or load.total_s < best.total_s):
                     best = load
-        return best
+            if best is None or cluster.prices.is_current(best.gpu):
+                return best
 
 
 def _load_on(cluster: Cluster, gpu: GpuState, model: str, now_s: float) -> _Load | None:
     """What a load on that GPU would cost others; None: there is no way to make room."""
-    victims = cluster.cache.choose_victims(gpu.memory, cluster.models[model].memory_bytes, now_s)
-    if victims is None:
+    memory, prices = gpu.memory, cluster.prices
+    if memory.copying is not None:
         return None
-    prices = cluster.prices
-    price_s = prices.price_s(gpu, victims, now_s) if victims else 0.0
+    missing_bytes = cluster.models[model].memory_bytes - memory.free_bytes - memory.parked_bytes
+    price_s = cluster.cache.eviction.price_s(memory, missing_bytes, now_s) if missing_bytes > 0 else 0.0
+    if price_s is None:
+        return None
     # Whoever asks for the other residents meanwhile waits for half of the time, on average.
     busy_s = cluster.load_s(model, gpu) + cluster.inference_s(model, gpu)
-    return _Load(gpu, price_s, prices.utilisation(gpu, now_s) * busy_s / 2)
+    return _Load(gpu, price_s, price_s + prices.utilisation(gpu, now_s) * busy_s / 2)
 
 
-def _lines_of_no_holder(cluster: Cluster, now_s: float) -> tuple[list[_Nowhere], int]:
-    """Models waited for that no GPU holds, and how many requests wait for them.
+def _look(cluster: Cluster) -> _Waiting:
+    """The lines that a decision considers; all of them, where they are few."""
+    queue, copies = cluster.queue, cluster.cache.copies
+    waiting = _Waiting([], [])
+    held = waiting.held
+    for model in islice(queue.models, MOST_LINES):
+        (held if copies(model) else waiting.nowhere).append(model)
+    if len(queue.models) > MOST_LINES:
+        queue.set_back(held)
+    del held[MOST_COPIED:]
+    return waiting
 
-    Best first: the one with the most waiting to end per second of GPU time.
-    """
-    nowhere: list[_Nowhere] = []
-    copies, gpu = cluster.cache.copies, next(iter(cluster.idle))
-    waiting = 0
-    for model, line in islice(cluster.queue.models.items(), MOST_LINES):
-        if not copies(model):
-            count = len(line)
-            waiting += count
-            age_s = now_s - line[0].request.arrival_s + HEAD_START_S
-            gpu_s = cluster.load_s(model, gpu) + count * cluster.inference_s(model, gpu)
-            nowhere.append(_Nowhere(-count * age_s / gpu_s if gpu_s else -math.inf, model))
-    nowhere.sort()
-    return nowhere, waiting
+
+def _best(candidates: list[_Candidate]) -> list[_Candidate]:
+    """The few most worthy, best first; of equals the one whose line is older."""
+    if len(candidates) > 1:
+        candidates.sort(key=_by_worth, reverse=True)
+        del candidates[MOST_PRICED:]
+    return candidates
+
+
+def _by_worth(candidate: _Candidate) -> float:
+    return candidate.worth
 
 
 def _wait_for(cluster: Cluster, holder: GpuState, model: str, entry: Entry, now_s: float) -> float:
@@ -233,7 +268,7 @@ def _saved(count: int, wait_s: float, load_s: float, inference_s: float, copies:
     apart_s = inference_s / copies
     late_s = wait_s + (count - 1) * apart_s - load_s
     if late_s <= 0.0:
-        return 0.0, 0
+        return 0.0, 1
     helped = min(int(late_s / apart_s) + 1, count, MOST_HELPED) if apart_s else 1
     saved_s, unhelped_s = 0.0, load_s + late_s - (helped - 1) * apart_s
     new_s, old_s = load_s, unhelped_s
