@@ -60,7 +60,8 @@ async def test_a_process_from_the_pool_has_the_imports_and_its_own_environment(r
         questions = Questions(node, recorder)
         assert await questions.ask("colorsys") == "True"
         assert await questions.ask("env:GREETING") == "hi"
-        assert await questions.ask("env:PYTORCH_NVML_BASED_CUDA_CHECK") == "1"  # or an import might spoil CUDA for all forks
+        # An import that asks for a GPU must not spoil CUDA for the forks.
+        assert await questions.ask("env:PYTORCH_NVML_BASED_CUDA_CHECK") == "1"
         assert int(await questions.ask("parent")) != os.getpid()
         assert recorder.whats[0] == "loaded"
 
@@ -94,6 +95,27 @@ async def test_what_functions_import_is_imported_beforehand_for_the_next(recorde
         await until_ready(source)
         node.load(GPU, forked())
         assert await questions.ask("PIL") == "True"
+
+
+@story
+async def test_a_zygote_serves_until_the_one_that_imports_more_is_ready(recorder: Recorder) -> None:
+    async with pooled(recorder) as (node, source):
+        questions = Questions(node, recorder)
+        first = source.zygote_pid(sys.executable)
+        source.prepare(sys.executable, ("colorsys",))
+        source.prepare(
+            sys.executable, ("colorsys", "this_is_no_module")
+        )  # the one that has imported half of it is given up
+        assert not source.ready(sys.executable)
+        node.load(GPU, forked())
+        assert int(await questions.ask("parent")) == first
+        await until_ready(source)
+        node.unload(GPU, "Forked@1")
+        node.load(GPU, forked())
+        assert int(await questions.ask("parent")) == source.zygote_pid(sys.executable) != first
+        assert await questions.ask("colorsys") == "True"
+        while psutil.pid_exists(first):  # its last process is gone, and so is it
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,8 @@ class ZygoteSource:
         self._pool_size = pool_size
         self._spawner = Spawner()
         self._zygotes: dict[str, _Zygote] = {}
+        self._former: dict[str, _Zygote] = {}
+        """Those that serve until their successors, who import more, are ready."""
         self._retired: list[_Zygote] = []
         self._lives: dict[str, int] = {}
         self._modules: dict[str, tuple[str, ...]] = {}
@@ -231,7 +233,7 @@ class ZygoteSource:
         self._start(python, wanted)
 
     def ready(self, python: str) -> bool:
-        """Whether processes of this interpreter come from a zygote now."""
+        """Whether processes of this interpreter come from a zygote that has imported all it was told of."""
         zygote = self._zygotes.get(python)
         return zygote is not None and zygote.ready
 
@@ -244,21 +246,25 @@ class ZygoteSource:
         if zygote is not None and not any(name.startswith(_STARTUP_ONLY) for name in env):
             if zygote.dead:
                 self._start(python, self._modules[python])
-            elif zygote.ready and (spawned := zygote.take()) is not None:
-                return spawned
+            elif zygote.ready:
+                self._retire(self._former.pop(python, None))
+            for each in (zygote, self._former.get(python)):
+                if each is not None and each.ready and (spawned := each.take()) is not None:
+                    return spawned
         return self._spawner.spawn(python, env)
 
     def forget(self, pid: int) -> None:
         self._spawner.forget(pid)
 
     def close(self) -> None:
-        for zygote in (*self._zygotes.values(), *self._retired):
+        for zygote in (*self._zygotes.values(), *self._former.values(), *self._retired):
             zygote.close()
-        self._zygotes, self._retired = {}, []
+        self._zygotes, self._former, self._retired = {}, {}, []
         self._spawner.close()
 
     def _start(self, python: str, modules: tuple[str, ...]) -> None:
-        """A zygote with these modules in place of the one there is, which lives on for the processes it has."""
+        """A zygote with these modules in place of the one there is, which serves until the new one is ready, and then
+        lives on for the processes it has."""
         old = self._zygotes.get(python)
         if old is None and len(self._zygotes) >= MOST_ZYGOTES:
             return
@@ -267,10 +273,17 @@ class ZygoteSource:
             if self._lives[python] > MOST_LIVES:
                 return
             old.close()
+        elif old is not None and old.ready:
+            self._retire(self._former.pop(python, None))
+            self._former[python] = old
         elif old is not None:
-            old.retire()
-            self._retired = [zygote for zygote in self._retired if not zygote.dead] + [old]
+            old.close()  # nobody has a process of its
         try:
             self._zygotes[python] = _Zygote(python, modules, self._spawner, self._pool_size)
         except OSError:
             self._zygotes.pop(python, None)  # the spawner will say what is wrong, to whoever needs a process
+
+    def _retire(self, zygote: _Zygote | None) -> None:
+        if zygote is not None and not zygote.dead:
+            zygote.retire()
+            self._retired = [each for each in self._retired if not each.dead] + [zygote]
