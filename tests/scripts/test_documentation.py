@@ -35,6 +35,10 @@ def test_every_setting_of_the_server_is_explained() -> None:
     flags = {option for parameter in serve.params for option in parameter.opts if option.startswith("--")}
     missing = {flag for flag in flags if f"`{flag}`" not in OPERATIONS}
     assert not missing, f"explain in docs/operations.md: {sorted(missing)}"
+    for name in ("policy", "eviction"):
+        (default,) = (parameter.default for parameter in serve.params if parameter.name == name)
+        (row,) = (line for line in OPERATIONS.splitlines() if line.startswith(f"| `--{name}`"))
+        assert f"| `{default}`" in row, f"the default of --{name} is {default!r}: say so in docs/operations.md"
 
 
 def test_the_page_of_the_command_line_is_what_the_commands_say() -> None:
