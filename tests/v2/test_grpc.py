@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 from v2_world import BODY_LIMIT, Count, Double, Echo, Scale, World, quiet_import, run
 
 from hotset.errors import ConfigurationError
+from hotset.gateway.auth import ApiKeys, Credentials, Guard, key_digest
 from hotset.gateway.v2.conversion import request_parts
 from hotset.gateway.v2.front import V2Config, v2_front
 from hotset.gateway.v2.grpc_service import GrpcServer
 from hotset.gateway.v2.refusal import Refusal
 from hotset.protocol.messages import SERVICE, message_class
+from hotset.store.datastore import ApiKeyRecord
 
 with quiet_import():
     import tritonclient.grpc.aio as triton
@@ -56,9 +59,9 @@ class Service:
 
 
 @asynccontextmanager
-async def service(tmp_path: Path, *functions: Any) -> AsyncIterator[Service]:
+async def service(tmp_path: Path, *functions: Any, admits: Any = None) -> AsyncIterator[Service]:
     async with World(tmp_path, *functions) as world:
-        server = GrpcServer(world.service, "127.0.0.1", 0, max_body_bytes=BODY_LIMIT)
+        server = GrpcServer(world.service, "127.0.0.1", 0, max_body_bytes=BODY_LIMIT, admits=admits)
         await server.start()
         address = f"127.0.0.1:{server.port}"
         client = triton.InferenceServerClient(address)
@@ -319,6 +322,31 @@ def test_a_client_that_leaves_a_stream_leaves_its_calls(tmp_path: Path) -> None:
             while each.world.control.calls:
                 await asyncio.sleep(0.001)
             each.world.node.release()
+
+    run(story)
+
+
+def test_keys_and_credentials_are_asked_for_as_over_http(tmp_path: Path) -> None:
+    keys = ApiKeys([ApiKeyRecord(name="k", function="scale", digest=key_digest(b"secret"), created_at_s=0.0)])
+    guard = Guard(None, Credentials("ada", "pw"), keys)  # type: ignore[arg-type]
+    user = {"authorization": f"Basic {base64.b64encode(b'ada:pw').decode()}"}
+
+    async def story() -> None:
+        async with service(tmp_path, Scale, Echo, admits=guard.admits) as each:
+            client = each.client
+            assert await client.is_server_live()
+            with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+                await client.infer("scale", [rows()])
+            assert await client.infer("scale", [rows()], headers={"x-api-key": "secret"})
+            with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+                await client.get_model_repository_index()
+            assert (await client.get_model_repository_index(headers=user)).models
+
+            async def requests() -> AsyncIterator[dict[str, Any]]:
+                yield {"model_name": "scale", "inputs": [rows()]}
+
+            async for _, error in client.stream_infer(requests()):
+                assert "needs a key" in str(error)
 
     run(story)
 

@@ -130,6 +130,10 @@ class Guard:
         await send({"type": "http.response.start", "status": 401, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
+    def admits(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        """Whether a request for this path that shows these headers may be made; for doors that are not HTTP."""
+        return self._refusal({"path": path, "headers": list(headers)}) is None
+
     def _refusal(self, scope: Scope) -> tuple[bytes, list[tuple[bytes, bytes]]] | None:
         path: str = scope["path"]
         if self._credentials is not None and _under(path, PROTECTED):

@@ -48,6 +48,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Directory of the datastore, bundles and environments; made when missing."""
     policy: str = "lalb_o3"
     o3_limit: int = 25
+    max_skips: int = 10_000
+    max_wait_s: float = 60.0
     eviction: str = "lru"
     virtual_gpus: int = 0
     """0: this machine's CUDA GPUs."""
@@ -90,7 +92,10 @@ async def run(
 ) -> None:
     """``serve`` on the running loop; ``nodes`` instead of this machine's GPUs."""
     scheduler = Scheduler(
-        make_policy(config.policy, PolicySettings(o3_limit=config.o3_limit)),
+        make_policy(
+            config.policy,
+            PolicySettings(o3_limit=config.o3_limit, max_skips=config.max_skips, max_wait_s=config.max_wait_s),
+        ),
         make_eviction(config.eviction),
         SchedulerConfig(
             max_queue=config.max_queue,
@@ -131,7 +136,13 @@ async def run(
             )
             async with (
                 system_front(control, deployments, secrets, keys, access, config.data) as front,
-                v2_front(control, deployments, front.application, v2_config) as rest,
+                v2_front(
+                    control,
+                    deployments,
+                    front.application,
+                    v2_config,
+                    admits=Guard(front.application, access.credentials, keys).admits,
+                ) as rest,
             ):
                 gateway = Gateway(
                     control, rest, max_body_bytes=config.max_body_bytes, max_open_bytes=config.max_open_bytes

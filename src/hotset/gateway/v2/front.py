@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
 
 from hotset.errors import ConfigurationError
-from hotset.gateway.app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OPEN_BYTES, Application
+from hotset.gateway.app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OPEN_BYTES, Application, Headers
 from hotset.gateway.control import Control
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.v2.http import V2Http
@@ -37,9 +37,17 @@ class V2Config(msgspec.Struct, frozen=True, kw_only=True):
 
 @asynccontextmanager
 async def v2_front(
-    control: Control, deployments: Deployments, rest: Application, config: V2Config
+    control: Control,
+    deployments: Deployments,
+    rest: Application,
+    config: V2Config,
+    *,
+    admits: Callable[[str, Headers], bool] | None = None,
 ) -> AsyncIterator[Application]:
     """An application that serves ``/v2`` and leaves the rest to ``rest``; while it is open, gRPC is served too.
+
+    ``admits``: whether who shows these headers may make a request for this path; asked for gRPC, in front of which no
+    ASGI application can stand. None: anybody may.
 
     Raises ``ConfigurationError`` when the gRPC port is taken, its packages are not installed, or the model repository
     is no directory.
@@ -57,7 +65,9 @@ async def v2_front(
             from hotset.gateway.v2.grpc_service import GrpcServer
         except ModuleNotFoundError as error:
             raise ConfigurationError(f"gRPC needs {error.name}: pip install 'hotset[grpc]'") from None
-        grpc_server = GrpcServer(service, config.host, config.grpc_port, max_body_bytes=config.max_body_bytes)
+        grpc_server = GrpcServer(
+            service, config.host, config.grpc_port, max_body_bytes=config.max_body_bytes, admits=admits
+        )
     try:
         if grpc_server is not None:
             await grpc_server.start()

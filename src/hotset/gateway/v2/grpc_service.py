@@ -16,6 +16,7 @@ import grpc  # type: ignore[import-untyped]
 from google.protobuf import json_format  # type: ignore[import-untyped]
 
 from hotset.errors import ConfigurationError
+from hotset.gateway.app import Headers
 from hotset.gateway.calls import StreamBroken
 from hotset.gateway.v2.conversion import (
     FINAL_RESPONSE,
@@ -38,6 +39,7 @@ BUFFERED_RESPONSES = 16
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -53,9 +55,18 @@ log = logging.getLogger("hotset.gateway")
 class GrpcServer:
     """Serves a ``V2Service`` over gRPC; ``start`` it on the loop of its control loop."""
 
-    def __init__(self, service: V2Service, host: str, port: int, *, max_body_bytes: int) -> None:
-        """``port`` 0: any free one."""
+    def __init__(
+        self,
+        service: V2Service,
+        host: str,
+        port: int,
+        *,
+        max_body_bytes: int,
+        admits: Callable[[str, Headers], bool] | None = None,
+    ) -> None:
+        """``port`` 0: any free one. ``admits``: as in ``front.v2_front``."""
         self._service = service
+        self._admits = admits
         self._address = (host, port)
         self._server: Any = None
         self._options = [
@@ -82,6 +93,18 @@ class GrpcServer:
         """Take no more requests; those under way have ``grace_s`` seconds."""
         if self._server is not None:
             await self._server.stop(grace_s)
+
+    def check(self, method: str, request: Any, context: Any) -> None:
+        """Raise ``Refusal`` (401) for who may not do this; each method counts as the HTTP path it corresponds to."""
+        if self._admits is None:
+            return
+        if method.startswith("Repository"):
+            path = "/v2/repository"
+        else:
+            path = f"/v2/models/{getattr(request, 'model_name', '') or getattr(request, 'name', '')}"
+        headers = [(key.encode(), value.encode()) for key, value in context.invocation_metadata() if type(value) is str]
+        if not self._admits(path, headers):
+            raise Refusal(401, "this needs a key or credentials: send them as authorization or x-api-key metadata")
 
     # Health and metadata
 
@@ -167,6 +190,7 @@ class GrpcServer:
 
     async def model_infer(self, request: Any, context: Any) -> Any:
         try:
+            self.check("ModelInfer", request, context)
             header, binary = request_parts(request)
             answer = await self._service.inference.infer(
                 request.model_name, request.model_version, header, binary, timeout_s=_timeout_s(request, context)
@@ -183,7 +207,7 @@ class GrpcServer:
         async def read() -> None:
             async for request in requests:
                 answers: asyncio.Queue[Any] = asyncio.Queue(BUFFERED_RESPONSES)
-                task = asyncio.create_task(self._answer_in_stream(request, answers))
+                task = asyncio.create_task(self._answer_in_stream(request, answers, context))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
                 await turns.put(answers)
@@ -198,9 +222,10 @@ class GrpcServer:
             for task in (reader, *tasks):
                 task.cancel()
 
-    async def _answer_in_stream(self, request: Any, answers: asyncio.Queue[Any]) -> None:
+    async def _answer_in_stream(self, request: Any, answers: asyncio.Queue[Any], context: Any) -> None:
         """Put the responses to one request, then None."""
         try:
+            self.check("ModelStreamInfer", request, context)
             header, binary = request_parts(request)
             version, final = "", False
             inference = self._service.inference
@@ -238,14 +263,15 @@ def _handlers(server: GrpcServer) -> grpc.GenericRpcHandler:
         if method.name == "ModelStreamInfer":
             handlers[method.name] = grpc.stream_stream_rpc_method_handler(own, **codec)
         else:
-            behaviour = own if method.name == "ModelInfer" else _simple(own, response)
+            behaviour = own if method.name == "ModelInfer" else _simple(server, method.name, own, response)
             handlers[method.name] = grpc.unary_unary_rpc_method_handler(behaviour, **codec)
     return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
 
-def _simple(own: Simple, response: Any) -> Callable[[Any, Any], Awaitable[Any]]:
+def _simple(server: GrpcServer, method: str, own: Simple, response: Any) -> Callable[[Any, Any], Awaitable[Any]]:
     async def behave(request: Any, context: Any) -> Any:
         try:
+            server.check(method, request, context)
             return json_format.ParseDict(await own(request), response())
         except Refusal as refusal:
             return await _abort(context, refusal)
