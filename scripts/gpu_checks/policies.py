@@ -73,6 +73,8 @@ async def locality(setup: Setup, found: Findings) -> None:
     async with setup.node() as node:
         loaded = await node.load(specs[0])
         await node.ask(specs[0], "scale", 1.0)
+    # Known beforehand, context included, so that no policy spends its calls on learning it.
+    specs = [msgspec.structs.replace(spec, memory_bytes=loaded.memory_bytes) for spec in specs]
     memory_bytes = int((HELD + 0.5) * loaded.memory_bytes)
     # Twice what one GPU could do if every second call missed: calls wait, so that there is something to choose from.
     gap_s = loaded.load_s / 4

@@ -57,7 +57,7 @@ class Probe:
         free_bytes, total_bytes = torch.cuda.mem_get_info(0)
         return {
             "name": properties.name,
-            "uuid": str(properties.uuid),
+            "uuid": str(getattr(properties, "uuid", os.environ.get("CUDA_VISIBLE_DEVICES", ""))),
             "capability": ".".join(map(str, torch.cuda.get_device_capability(0))),
             "torch": torch.__version__,
             "cuda": str(torch.version.cuda),
