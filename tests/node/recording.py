@@ -79,6 +79,7 @@ class Told(msgspec.Struct, frozen=True):
     answered: tuple[int, ...] = ()
     seconds: float = 0.0
     memory_bytes: int | None = None
+    host_bytes: int = 0
 
 
 class Recorder:
@@ -98,6 +99,16 @@ class Recorder:
         self, gpu_id: str, model: str, kind: FailureKind, reason: str, memory_bytes: int | None = None
     ) -> None:
         self.told.append(Told("load_failed", gpu_id, model, kind, reason, memory_bytes=memory_bytes))
+        self._changed.set()
+
+    def offloaded(self, gpu_id: str, model: str, offload_s: float, device_bytes: int, host_bytes: int) -> None:
+        self.told.append(
+            Told("offloaded", gpu_id, model, seconds=offload_s, memory_bytes=device_bytes, host_bytes=host_bytes)
+        )
+        self._changed.set()
+
+    def restored(self, gpu_id: str, model: str, restore_s: float, memory_bytes: int | None) -> None:
+        self.told.append(Told("restored", gpu_id, model, seconds=restore_s, memory_bytes=memory_bytes))
         self._changed.set()
 
     def answered(self, answer: Answer) -> None:

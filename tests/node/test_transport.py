@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 from recording import story
 
-from hotset.node.frames import INLINE_BYTES, Failed, Kind, Loaded, LoadOrder, call_prefix, control, split_call
+from hotset.node.frames import INLINE_BYTES, Failed, Kind, Loaded, LoadOrder, Moved, call_prefix, control, split_call
 from hotset.node.interface import Answer, Call
 from hotset.node.slots import create_arena
 from hotset.node.transport import ProcessTransport
@@ -44,6 +44,10 @@ class Handler:
 
     def on_failed(self, failed: Failed) -> None:
         self.other.append(failed)
+        self._changed.set()
+
+    def on_moved(self, moved: Moved) -> None:
+        self.other.append(moved)
         self._changed.set()
 
     def on_closed(self, broken: str | None) -> None:
@@ -80,7 +84,9 @@ async def connected() -> AsyncIterator[Ends]:
 
 async def runs(ends: Ends) -> list[Call]:
     """The process's next run, once the node's loop has sent it; a thread, because the process blocks."""
-    return await asyncio.to_thread(ends.channel.next_run)
+    work = await asyncio.to_thread(ends.channel.next_work)
+    assert isinstance(work, list)
+    return work
 
 
 def call(request_id: int, body: bytes | memoryview) -> Call:
@@ -203,7 +209,7 @@ async def test_cancel_bye_and_the_end_reach_the_process() -> None:
     other = Ends()
     other.socket.close()
     with pytest.raises(ClosedError):
-        other.channel.next_run()
+        other.channel.next_work()
     other.channel.ran(0.0)
     with pytest.raises(ClosedError):
         other.channel.flush()

@@ -10,7 +10,8 @@ It ships with hotset so that a gateway, a policy or a user's own tooling can be 
     node.load("local/virtual:0", spec)
     clock.advance(0.5)  # listener.loaded(...)
 
-Like the real node it never calls the listener from inside ``load``, ``run``, ``unload`` or ``cancel``.
+Like the real node it never calls the listener from inside ``load``, ``run``, ``unload`` or ``cancel``, and copies go on
+beside runs (order.py).
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import msgspec
 
 from hotset.node.devices.virtual import virtual_gpus
+from hotset.node.history import History, ModelHistory, Transition
 from hotset.node.interface import Answer, Call, LaunchSpec, NodeListener, ProcessReport
+from hotset.node.order import Operation as Ordered
+from hotset.node.order import Turns
 from hotset.vocabulary import FailureKind, Gpu
 
 __all__ = ["Clock", "Failure", "FakeClock", "FakeFunction", "FakeNode", "Operation", "echo", "virtual_gpus"]
@@ -77,6 +81,10 @@ class FakeFunction(msgspec.Struct, kw_only=True):
     inference_s: float = 0.01
     """One run; without batching, one call."""
     unload_s: float = 0.0
+    offload_s: float = 0.02
+    restore_s: float = 0.01
+    parked_bytes: int = 0
+    """GPU memory that its process holds while the model is parked."""
     memory_bytes: int | None = None
     """What a load reports as measured; None: nothing."""
     respond: Callable[[Call], Sequence[Answer]] = echo
@@ -101,13 +109,26 @@ class Operation(msgspec.Struct, frozen=True):
     request_ids: tuple[int, ...] = ()
 
 
+class _Copy(Ordered):
+    begin: Callable[[], None]
+
+
+class _Leave(_Copy):
+    leaves: ClassVar[bool] = True
+
+
+class _Run(Ordered):
+    runs: ClassVar[bool] = True
+    begin: Callable[[], None]
+
+
 class _FakeGpu:
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.resident: dict[str, LaunchSpec] = {}
-        self.queue: deque[Callable[[], None]] = deque()
-        self.busy = False
-        self.computing = False
+        """Models that have a process, parked ones too."""
+        self.parked: set[str] = set()
+        self.turns: Turns[_Copy | _Run] = Turns()
         self.epoch = 0
         """Counts the losses of this GPU: what was scheduled before one is void after it."""
 
@@ -126,6 +147,9 @@ class FakeNode:
         self._listener: NodeListener | None = None
         self._load_failures: dict[str, deque[Failure]] = {}
         self._run_failures: dict[str, deque[Failure]] = {}
+        self._offload_failures: dict[str, deque[Failure]] = {}
+        self._restore_failures: dict[str, deque[Failure]] = {}
+        self._history = History()
         self._cancelled: set[int] = set()
         self._unfinished: set[int] = set()
 
@@ -142,9 +166,17 @@ class FakeNode:
         """The next run of this model fails, when it would have been done, after ``answered`` of its calls."""
         self._run_failures.setdefault(model, deque()).append(Failure(kind, reason, answered))
 
+    def fail_offload(self, model: str, reason: str = "asked to fail") -> None:
+        """The next offload of this model ends with its process gone."""
+        self._offload_failures.setdefault(model, deque()).append(Failure(FailureKind.ERROR, reason))
+
+    def fail_restore(self, model: str, kind: FailureKind, reason: str = "asked to fail") -> None:
+        """The next restore of this model ends with its process gone."""
+        self._restore_failures.setdefault(model, deque()).append(Failure(kind, reason))
+
     def lose_process(self, gpu_id: str, model: str, reason: str = "killed by SIGKILL") -> None:
-        """The idle process of a resident model dies."""
-        del self._gpus[gpu_id].resident[model]
+        """The idle process of a resident or parked model dies."""
+        self._gone(gpu_id, model)
         self._later(gpu_id, 0.0, lambda: self._report.process_lost(gpu_id, model, reason))
 
     def lose_gpu(self, gpu_id: str, reason: str = "fell off the bus") -> None:
@@ -173,22 +205,33 @@ class FakeNode:
         for gpu in self._gpus.values():
             gpu.epoch += 1
             gpu.resident.clear()
-            gpu.queue.clear()
-            gpu.busy = gpu.computing = False
+            gpu.parked.clear()
+            gpu.turns = Turns()
 
     def prepare(self, spec: LaunchSpec) -> None:
         """A fake process starts as fast as it is told to."""
 
     def load(self, gpu_id: str, spec: LaunchSpec) -> None:
-        self._submit(Operation("load", gpu_id, spec.model), partial(self._load, gpu_id, spec))
+        begin = partial(self._load, gpu_id, spec)
+        self._submit(Operation("load", gpu_id, spec.model), _Copy(model=spec.model, begin=begin))
 
     def unload(self, gpu_id: str, model: str) -> None:
-        self._submit(Operation("unload", gpu_id, model), partial(self._unload, gpu_id, model))
+        begin = partial(self._unload, gpu_id, model)
+        self._submit(Operation("unload", gpu_id, model), _Leave(model=model, begin=begin))
+
+    def offload(self, gpu_id: str, model: str) -> None:
+        begin = partial(self._offload, gpu_id, model)
+        self._submit(Operation("offload", gpu_id, model), _Leave(model=model, begin=begin))
+
+    def restore(self, gpu_id: str, model: str) -> None:
+        begin = partial(self._restore, gpu_id, model)
+        self._submit(Operation("restore", gpu_id, model), _Copy(model=model, begin=begin))
 
     def run(self, gpu_id: str, model: str, calls: Sequence[Call]) -> None:
         request_ids = tuple(call.request_id for call in calls)
         self._unfinished.update(request_ids)
-        self._submit(Operation("run", gpu_id, model, request_ids), partial(self._run, gpu_id, model, list(calls)))
+        begin = partial(self._run, gpu_id, model, list(calls))
+        self._submit(Operation("run", gpu_id, model, request_ids), _Run(model=model, begin=begin))
 
     def cancel(self, request_id: int) -> None:
         self.operations.append(Operation("cancel", request_ids=(request_id,)))
@@ -204,7 +247,7 @@ class FakeNode:
                 gpu_id=gpu_id,
                 model=model,
                 pid=0,
-                device_bytes=self._function(model).memory_bytes or spec.memory_bytes,
+                device_bytes=self._function(model).parked_bytes if model in gpu.parked else self._memory_bytes(spec),
                 private_bytes=0,
                 shared_bytes=0,
             )
@@ -213,7 +256,10 @@ class FakeNode:
         ]
 
     def utilisation(self) -> Mapping[str, float]:
-        return {gpu_id: float(gpu.computing) for gpu_id, gpu in self._gpus.items()}
+        return {gpu_id: float(gpu.turns.running is not None) for gpu_id, gpu in self._gpus.items()}
+
+    def history(self) -> Mapping[str, ModelHistory]:
+        return self._history.report()
 
     # Inside
 
@@ -241,50 +287,102 @@ class FakeNode:
 
         self._clock_now.call_later(delay_s, fire)
 
-    def _submit(self, operation: Operation, begin: Callable[[], None]) -> None:
+    def _memory_bytes(self, spec: LaunchSpec) -> int:
+        return self._function(spec.model).memory_bytes or spec.memory_bytes
+
+    def _gone(self, gpu_id: str, model: str) -> None:
+        """Its process ended."""
+        self._gpus[gpu_id].resident.pop(model, None)
+        self._gpus[gpu_id].parked.discard(model)
+
+    def _submit(self, operation: Operation, ordered: _Copy | _Run) -> None:
         self.operations.append(operation)
         gpu = self._gpus.get(operation.gpu_id)
-        if gpu is None:
-            return
-        gpu.queue.append(begin)
-        if not gpu.busy:
-            self._next(operation.gpu_id)
+        if gpu is not None:
+            gpu.turns.add(ordered)
+            self._advance(gpu)
 
-    def _next(self, gpu_id: str) -> None:
+    def _advance(self, gpu: _FakeGpu) -> None:
+        while (ordered := gpu.turns.start()) is not None:
+            ordered.begin()
+
+    def _over(self, gpu_id: str, ordered: _Copy | _Run | None, report: Callable[[], None] | None = None) -> None:
+        """The operation is over; whoever is told may ask for the next, or lose the GPU."""
         gpu = self._gpus[gpu_id]
-        gpu.computing = False
-        gpu.busy = bool(gpu.queue)
-        if gpu.queue:
-            gpu.queue.popleft()()
+        assert ordered is not None
+        gpu.turns.done(ordered)
+        if report is not None:
+            report()
+        if gpu_id in self._gpus:
+            self._advance(gpu)
+
+    def _copy_over(self, gpu_id: str, delay_s: float, report: Callable[[], None] | None = None) -> None:
+        self._later(gpu_id, delay_s, lambda: self._over(gpu_id, self._gpus[gpu_id].turns.copying, report))
 
     def _load(self, gpu_id: str, spec: LaunchSpec) -> None:
         function = self._function(spec.model)
         failure = _pop(self._load_failures, spec.model)
 
-        def done() -> None:
+        def report() -> None:
             if failure is None:
                 self._gpus[gpu_id].resident[spec.model] = spec
+                self._history.took(spec.model, Transition.LOAD, function.load_s)
                 self._report.loaded(gpu_id, spec.model, function.load_s, function.memory_bytes)
             else:
                 self._report.load_failed(gpu_id, spec.model, failure.kind, failure.reason, failure.memory_bytes)
-            self._after_report(gpu_id)
 
-        self._later(gpu_id, function.load_s, done)
+        self._copy_over(gpu_id, function.load_s, report)
 
     def _unload(self, gpu_id: str, model: str) -> None:
-        self._gpus[gpu_id].resident.pop(model, None)
-        self._later(gpu_id, self._function(model).unload_s, lambda: self._next(gpu_id))
+        self._gone(gpu_id, model)
+        self._copy_over(gpu_id, self._function(model).unload_s)
+
+    def _offload(self, gpu_id: str, model: str) -> None:
+        function, gpu = self._function(model), self._gpus[gpu_id]
+        failure = _pop(self._offload_failures, model)
+
+        def report() -> None:
+            spec = gpu.resident.get(model)
+            if spec is None:
+                return  # it was reported as lost
+            if failure is None:
+                gpu.parked.add(model)
+                self._history.took(model, Transition.OFFLOAD, function.offload_s)
+                host_bytes = self._memory_bytes(spec)
+                self._report.offloaded(gpu_id, model, function.offload_s, function.parked_bytes, host_bytes)
+            else:
+                self._gone(gpu_id, model)
+                self._report.process_lost(gpu_id, model, failure.reason)
+
+        self._copy_over(gpu_id, function.offload_s, report)
+
+    def _restore(self, gpu_id: str, model: str) -> None:
+        function, gpu = self._function(model), self._gpus[gpu_id]
+        failure = _pop(self._restore_failures, model)
+
+        def report() -> None:
+            if model not in gpu.parked:
+                reason = f"{model} is not parked on {gpu_id}"
+                self._report.load_failed(gpu_id, model, FailureKind.CRASH, reason)
+            elif failure is None:
+                gpu.parked.discard(model)
+                self._history.took(model, Transition.RESTORE, function.restore_s)
+                self._report.restored(gpu_id, model, function.restore_s, function.memory_bytes)
+            else:
+                self._gone(gpu_id, model)
+                self._report.load_failed(gpu_id, model, failure.kind, failure.reason, failure.memory_bytes)
+
+        self._copy_over(gpu_id, function.restore_s, report)
 
     def _run(self, gpu_id: str, model: str, calls: list[Call]) -> None:
         gpu = self._gpus[gpu_id]
-        spec = gpu.resident.get(model)
+        spec = None if model in gpu.parked else gpu.resident.get(model)
         function = self._function(model)
         failure = _pop(self._run_failures, model)
         if spec is None:
             failure = Failure(FailureKind.CRASH, f"{model} has no process on {gpu_id}")
         together = spec is not None and spec.max_batch > 1
         total_s = function.inference_s * (1 if together else len(calls)) if spec is not None else 0.0
-        gpu.computing = spec is not None
         answering = calls if failure is None else calls[: failure.answered]
         for position, call in enumerate(answering):
             start_s = 0.0 if together else function.inference_s * position
@@ -294,18 +392,17 @@ class FakeNode:
                 due_s = min(total_s, start_s + function.inference_s * index / len(answers))
                 self._later(gpu_id, due_s, partial(self._answer, answer, function.inference_s, last))
 
-        def done() -> None:
+        def report() -> None:
             self._unfinished.difference_update(call.request_id for call in calls)
             self._cancelled &= self._unfinished
             if failure is None:
                 self._report.run_finished(gpu_id, model, total_s)
             else:
-                gpu.resident.pop(model, None)
+                self._gone(gpu_id, model)
                 answered = tuple(call.request_id for call in answering)
                 self._report.run_failed(gpu_id, model, failure.kind, failure.reason, answered)
-            self._after_report(gpu_id)
 
-        self._later(gpu_id, total_s, done)
+        self._later(gpu_id, total_s, lambda: self._over(gpu_id, gpu.turns.running, report))
 
     def _answer(self, answer: Answer, inference_s: float, last: bool) -> None:
         if answer.request_id not in self._unfinished:
@@ -316,11 +413,6 @@ class FakeNode:
             self._report.answered(msgspec.structs.replace(answer, body=body, inference_s=inference_s, final=True))
         else:
             self._report.answered(msgspec.structs.replace(answer, final=False))
-
-    def _after_report(self, gpu_id: str) -> None:
-        """The listener may have lost the GPU while it was told."""
-        if gpu_id in self._gpus:
-            self._next(gpu_id)
 
 
 def _pop(failures: dict[str, deque[Failure]], model: str) -> Failure | None:

@@ -9,10 +9,13 @@ A frame is a 16-byte little-endian header and its payload::
       CALL     one request                             request id      u16 u16 sizes, content type, accept, body
       CANCEL   its client left                         request id      -
       FREE     an answer's slot was read               offset          -
+      OFFLOAD  park the model in host memory           -               -
+      RESTORE  bring the parked model back             -               -
       BYE      unload and exit                         -               -
     process -> node
       LOADED   the model is ready                      -               Loaded (MessagePack)
-      FAILED   the load failed, or the device did      -               Failed (MessagePack)
+      FAILED   load, offload, restore or device failed -               Failed (MessagePack)
+      MOVED    the answer to OFFLOAD and RESTORE       -               Moved (MessagePack)
       ANSWER   one result or one chunk of it           request id      f64 seconds, u16 size, content type, body
       RAN      every call of the run has its answer    -               f64 seconds
       FREE     a call's slot was read                  offset          -
@@ -67,6 +70,9 @@ class Kind(IntEnum):
     FAILED = 7
     ANSWER = 8
     RAN = 9
+    OFFLOAD = 10
+    RESTORE = 11
+    MOVED = 12
 
 
 class Flag(IntFlag):
@@ -91,12 +97,18 @@ class LoadOrder(msgspec.Struct, frozen=True, kw_only=True):
     """Device memory that is free for the model; None: not counted (CPU functions)."""
     env: Mapping[str, str] = {}
     """The function's environment variables."""
+    copy_bandwidth: float | None = None
+    """Bytes a second at which weights get to the device where that is modelled; None: as fast as they do."""
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     frameworks: tuple[str, ...] = ()
     """What slow imports the function needed: the next process may have them done beforehand."""
+    import_s: float = 0.0
+    """Importing the function."""
+    load_s: float = 0.0
+    """Its ``load``."""
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +116,13 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     memory_bytes: int | None = None
     """What a load that did not fit would have taken."""
+
+
+class Moved(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the model's memory is after an offload or a restore, as the process itself can tell."""
+
+    device_bytes: int
+    host_bytes: int
 
 
 def control(kind: Kind, payload: msgspec.Struct | None = None, id: int = 0) -> bytes:

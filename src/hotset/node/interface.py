@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from hotset.node.history import ModelHistory
 from hotset.vocabulary import FailureKind, Gpu
 
 
@@ -107,7 +108,11 @@ class NodeListener(Protocol):
 
 
 class Node(Protocol):
-    """A machine with GPUs. Calls for one GPU are carried out in the order they are made."""
+    """A machine with GPUs.
+
+    Of one GPU, copies (load, unload, offload, restore) are carried out in the order they are asked for, and so are
+    runs. A run goes on beside copies of other models; operations on one model keep their order.
+    """
 
     @property
     def gpus(self) -> Sequence[Gpu]: ...
@@ -137,7 +142,7 @@ class Node(Protocol):
         ...
 
     def restore(self, gpu_id: str, model: str) -> None:
-        """Bring a parked model back; answered by ``restored``, or by ``load_failed`` if that fails."""
+        """Bring a parked model back; answered by ``restored``, or by ``load_failed`` when its process is gone."""
         ...
 
     def run(self, gpu_id: str, model: str, calls: Sequence[Call]) -> None:
@@ -153,6 +158,10 @@ class Node(Protocol):
         ...
 
     def processes(self) -> list[ProcessReport]: ...
+
+    def history(self) -> Mapping[str, ModelHistory]:
+        """Model -> what its transitions cost, as far as it was seen."""
+        ...
 
     def utilisation(self) -> Mapping[str, float]:
         """GPU id -> share of the last second it was computing, 0 to 1."""

@@ -1,63 +1,85 @@
-"""One GPU's work: what is asked of it is done strictly in the order it was asked, one thing at a time."""
+"""One GPU's work: operations begin in their turn (order.py), and each is reported when it is over."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Sequence
 from time import monotonic
-
-import msgspec
+from typing import ClassVar
 
 from hotset.functions.http_envelope import PROCESS_ENTRY
+from hotset.functions.units import format_bytes
 from hotset.node.devices.device import Device
-from hotset.node.frames import LoadOrder
+from hotset.node.frames import LoadOrder, Moved
+from hotset.node.history import History, LoadParts, Transition
 from hotset.node.interface import Answer, Call, LaunchSpec, NodeListener
-from hotset.node.process import Ending, ModelProcess
+from hotset.node.order import Operation, Turns
+from hotset.node.process import Ending, ModelProcess, ProcessState
 from hotset.node.spawner import ProcessSource
 from hotset.node.utilisation import BusyMeter
 from hotset.vocabulary import FailureKind
 
 
-class LoadOperation(msgspec.Struct):
+class LoadOperation(Operation):
     spec: LaunchSpec
 
 
-class UnloadOperation(msgspec.Struct):
-    model: str
+class UnloadOperation(Operation):
+    leaves: ClassVar[bool] = True
+    begin_s: float = 0.0
 
 
-class RunOperation(msgspec.Struct):
-    model: str
+class OffloadOperation(Operation):
+    leaves: ClassVar[bool] = True
+    begin_s: float = 0.0
+
+
+class RestoreOperation(Operation):
+    begin_s: float = 0.0
+
+
+class RunOperation(Operation):
+    runs: ClassVar[bool] = True
     calls: Sequence[Call]
 
 
-Operation = LoadOperation | UnloadOperation | RunOperation
+AnyOperation = LoadOperation | UnloadOperation | OffloadOperation | RestoreOperation | RunOperation
 
 
 class Lane:
-    """The queue of one GPU and the processes on it.
+    """The work of one GPU and the processes on it.
 
     ``where`` maps each request to the lane that has it, for as long as it has no final answer. The listener is never
     called from inside ``submit``.
     """
 
-    def __init__(self, device: Device, listener: NodeListener, source: ProcessSource, where: dict[int, Lane]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        listener: NodeListener,
+        source: ProcessSource,
+        where: dict[int, Lane],
+        history: History,
+    ) -> None:
         self.device = device
         self.gpu_id = device.gpu.gpu_id
         self.processes: dict[str, ModelProcess] = {}
-        """The process of each model that is loading or resident."""
+        """The process of each model that is loading, resident or parked."""
         self.spawn_failed = False
         """The system would not start the latest process."""
         self.meter = BusyMeter()
         self._listener = listener
         self._source = source
         self._where = where
+        self._history = history
         self._loop = asyncio.get_running_loop()
-        self._queue: deque[Operation] = deque()
-        self._current: Operation | None = None
-        self._process: ModelProcess | None = None
-        """The process that ``_current`` waits for."""
+        self._turns: Turns[AnyOperation] = Turns()
+        self._copying: ModelProcess | None = None
+        """The process that the current load, unload, offload or restore waits for."""
+        self._running: ModelProcess | None = None
+        """The process that the current run waits for."""
+        self._fresh: set[ModelProcess] = set()
+        """Processes that were loaded and have not run."""
         self._alive: set[ModelProcess] = set()
         self._cancelled: set[int] = set()
         self._over = False
@@ -68,18 +90,15 @@ class Lane:
     def over(self) -> bool:
         return self._over
 
-    def submit(self, operation: Operation) -> None:
-        """Do this when all that was asked before is done."""
-        if self._over:
-            return
-        if self._current is None and not self._queue:
-            self._begin(operation)
-        else:
-            self._queue.append(operation)
+    def submit(self, operation: AnyOperation) -> None:
+        """Do this when it is its turn."""
+        if not self._over:
+            self._turns.add(operation)
+            self._advance()
 
     def cancel(self, request_id: int) -> None:
         """The client of a request in this lane left; a run that has not begun is told when it does."""
-        if self._process is None or not self._process.cancel(request_id):
+        if self._running is None or not self._running.cancel(request_id):
             self._cancelled.add(request_id)
 
     async def stop(self) -> None:
@@ -89,21 +108,21 @@ class Lane:
             self._emptied = self._loop.create_future()
             await self._emptied
 
-    # One operation after the other
+    # Operations begin
 
-    def _begin(self, operation: Operation) -> None:
-        self._current = operation
-        match operation:
-            case RunOperation():
-                self._begin_run(operation)
-            case LoadOperation():
-                self._begin_load(operation.spec)
-            case UnloadOperation():
-                self._process = self.processes.pop(operation.model, None)
-                if self._process is None:
-                    self._loop.call_soon(self._unloaded_nothing)
-                else:
-                    self._process.end()
+    def _advance(self) -> None:
+        while not self._over and (operation := self._turns.start()) is not None:
+            match operation:
+                case RunOperation():
+                    self._begin_run(operation)
+                case LoadOperation():
+                    self._begin_load(operation)
+                case UnloadOperation():
+                    self._begin_unload(operation)
+                case OffloadOperation():
+                    self._begin_offload(operation)
+                case RestoreOperation():
+                    self._begin_restore(operation)
 
     def _begin_run(self, operation: RunOperation) -> None:
         process = self.processes.get(operation.model)
@@ -113,8 +132,11 @@ class Lane:
         if not operation.calls:
             self._loop.call_soon(self._ran_nothing, operation)
             return
-        self._process = process
+        self._running = process
         self.meter.begin()
+        if process.state is ProcessState.PARKED:
+            process.end(_untimely(operation.model, "run", process))
+            return
         process.run(operation.calls)
         if self._cancelled:
             for call in operation.calls:
@@ -122,66 +144,139 @@ class Lane:
                     self._cancelled.discard(call.request_id)
                     process.cancel(call.request_id)
 
-    def _begin_load(self, spec: LaunchSpec) -> None:
+    def _begin_load(self, operation: LoadOperation) -> None:
+        spec = operation.spec
         if spec.model in self.processes:
-            self._loop.call_soon(self._load_refused, spec)
+            reason = f"{spec.model} is on {self.gpu_id} already"
+            self._loop.call_soon(self._load_refused, operation, FailureKind.ERROR, reason, None)
+            return
+        free_bytes = self._free_bytes()
+        known_bytes = self._history.memory_bytes(spec.model)
+        if known_bytes is not None and known_bytes > free_bytes:
+            reason = f"takes {format_bytes(known_bytes)}, but its GPU has {format_bytes(free_bytes)} free"
+            self._loop.call_soon(self._load_refused, operation, FailureKind.OUT_OF_MEMORY, reason, known_bytes)
             return
         order = LoadOrder(
             model=spec.model,
             entry=spec.entry,
             code_path=spec.code_path,
             device=self.device.device_name,
-            limit_bytes=max(0, self.device.gpu.memory_bytes - sum(other.memory_bytes for other in self._alive)),
+            limit_bytes=free_bytes,
+            copy_bandwidth=self.device.copy_bandwidth,
         )
         process = ModelProcess(self, spec, order, self._source, {**spec.env, **self.device.environment()})
-        self.processes[spec.model] = self._process = process
+        self.processes[spec.model] = self._copying = process
         self._alive.add(process)
         process.start()
 
-    def _over_with(self) -> Operation | None:
-        """The current operation is done, and no longer current: what the listener asks for when told comes next."""
-        operation, self._current, self._process = self._current, None, None
-        return operation
+    def _free_bytes(self) -> int:
+        """Device memory for one more model: what is left of the budget, or of the device if others use it too."""
+        free_bytes = max(0, self.device.gpu.memory_bytes - sum(other.memory_bytes for other in self._alive))
+        on_device_bytes = self.device.free_bytes()
+        return free_bytes if on_device_bytes is None else min(free_bytes, on_device_bytes)
 
-    def _next(self) -> None:
-        while self._queue and self._current is None and not self._over:
-            self._begin(self._queue.popleft())
+    def _begin_unload(self, operation: UnloadOperation) -> None:
+        operation.begin_s = monotonic()
+        self._copying = self.processes.pop(operation.model, None)
+        if self._copying is None:
+            self._loop.call_soon(self._did_nothing, operation)
+        else:
+            self._copying.end()
 
-    def _unloaded_nothing(self) -> None:
-        """Its process was gone already."""
-        self._over_with()
-        self._next()
+    def _begin_offload(self, operation: OffloadOperation) -> None:
+        operation.begin_s = monotonic()
+        process = self.processes.get(operation.model)
+        if process is None:
+            self._loop.call_soon(self._did_nothing, operation)
+            return
+        self._copying = process
+        if process.state is ProcessState.READY:
+            process.offload(lambda moved: self._offloaded(process, operation, moved))
+        else:
+            process.end(_untimely(operation.model, "offload", process))
+
+    def _begin_restore(self, operation: RestoreOperation) -> None:
+        operation.begin_s = monotonic()
+        process = self.processes.get(operation.model)
+        if process is None:
+            reason = f"{operation.model} has no process on {self.gpu_id}"
+            self._loop.call_soon(self._load_refused, operation, FailureKind.CRASH, reason, None)
+            return
+        self._copying = process
+        if process.state is ProcessState.PARKED:
+            process.restore(lambda moved: self._restored(process, operation, moved))
+        else:
+            process.end(_untimely(operation.model, "restore", process))
+
+    # Operations that are over at once
+
+    def _did_nothing(self, operation: AnyOperation) -> None:
+        """Its process was gone already, which was reported then."""
+        self._turns.done(operation)
+        self._advance()
 
     def _ran_nothing(self, operation: RunOperation) -> None:
         """Every client left before the run was handed over."""
-        self._over_with()
+        self._turns.done(operation)
         self._listener.run_finished(self.gpu_id, operation.model, 0.0)
-        self._next()
+        self._advance()
 
     def _run_refused(self, operation: RunOperation) -> None:
         reason = f"{operation.model} has no process on {self.gpu_id}"
-        self._over_with()
+        self._turns.done(operation)
         self._report_run_failed(operation, FailureKind.CRASH, reason, ())
-        self._next()
+        self._advance()
 
-    def _load_refused(self, spec: LaunchSpec) -> None:
-        self._over_with()
-        reason = f"{spec.model} is on {self.gpu_id} already"
-        self._listener.load_failed(self.gpu_id, spec.model, FailureKind.ERROR, reason)
-        self._next()
+    def _load_refused(
+        self,
+        operation: LoadOperation | RestoreOperation,
+        kind: FailureKind,
+        reason: str,
+        memory_bytes: int | None,
+    ) -> None:
+        self._turns.done(operation)
+        self._listener.load_failed(self.gpu_id, operation.model, kind, reason, memory_bytes)
+        self._advance()
 
-    # What the processes report (ProcessOwner)
+    # What the processes report (ProcessOwner). An operation is over before the listener hears of it: what it asks for
+    # when told may begin at once.
 
     def process_loaded(self, process: ModelProcess, memory_bytes: int) -> None:
+        model = process.spec.model
         self.spawn_failed = False
         memory_bytes = self.device.process_bytes(process.pid) or memory_bytes
         if not memory_bytes and process.spec.entry == PROCESS_ENTRY:
             memory_bytes = process.spec.memory_bytes  # a command cannot be looked into: what it declared counts
         process.memory_bytes = memory_bytes
-        self._over_with()
         load_s = monotonic() - process.started_s
-        self._listener.loaded(self.gpu_id, process.spec.model, load_s, memory_bytes)
-        self._next()
+        self._fresh.add(process)
+        self._history.measured(model, memory_bytes)
+        self._history.took(model, Transition.LOAD, load_s)
+        if process.report is not None:
+            import_s, own_s = process.report.import_s, process.report.load_s
+            rest_s = max(0.0, load_s - import_s - own_s)
+            self._history.loaded(model, LoadParts(process_s=rest_s, import_s=import_s, load_s=own_s))
+        self._copied()
+        self._listener.loaded(self.gpu_id, model, load_s, memory_bytes)
+        self._advance()
+
+    def _offloaded(self, process: ModelProcess, operation: OffloadOperation, moved: Moved) -> None:
+        offload_s = monotonic() - operation.begin_s
+        left_bytes = self.device.process_bytes(process.pid)
+        process.memory_bytes = moved.device_bytes if left_bytes is None else left_bytes
+        self._history.took(operation.model, Transition.OFFLOAD, offload_s)
+        self._copied()
+        self._listener.offloaded(self.gpu_id, operation.model, offload_s, process.memory_bytes, moved.host_bytes)
+        self._advance()
+
+    def _restored(self, process: ModelProcess, operation: RestoreOperation, moved: Moved) -> None:
+        restore_s = monotonic() - operation.begin_s
+        process.memory_bytes = self.device.process_bytes(process.pid) or moved.device_bytes
+        self._history.measured(operation.model, process.memory_bytes)
+        self._history.took(operation.model, Transition.RESTORE, restore_s)
+        self._copied()
+        self._listener.restored(self.gpu_id, operation.model, restore_s, process.memory_bytes)
+        self._advance()
 
     def process_answered(self, process: ModelProcess, answer: Answer) -> None:
         if answer.final:
@@ -190,15 +285,19 @@ class Lane:
 
     def process_ran(self, process: ModelProcess, inference_s: float) -> None:
         self.meter.end()
-        self._over_with()
+        if self._fresh and process in self._fresh:
+            self._fresh.discard(process)
+            self._history.first_ran(process.spec.model, inference_s)
+        self._ran()
         self._listener.run_finished(self.gpu_id, process.spec.model, inference_s)
-        self._next()
+        self._advance()
 
     def process_logged(self, process: ModelProcess, line: str) -> None:
         self._listener.logged(process.spec.model, line)
 
     def process_ended(self, process: ModelProcess, ending: Ending) -> None:
         self._alive.discard(process)
+        self._fresh.discard(process)
         if self._emptied is not None and not self._alive:
             self._emptied.set_result(None)
         if self._over:
@@ -207,24 +306,48 @@ class Lane:
         model = process.spec.model
         if self.processes.get(model) is process:
             del self.processes[model]
-        kind = ending.kind or FailureKind.CRASH
-        if process is not self._process:
-            self._listener.process_lost(self.gpu_id, model, ending.reason)
+        if process is self._copying:
+            self._report_copy_ended(self._copied(), model, ending)
+        elif process is self._running:
+            self._report_run_failed(self._ran(), ending.kind or FailureKind.CRASH, ending.reason, process.answered)
         else:
-            match operation := self._over_with():
-                case LoadOperation():
-                    self._listener.load_failed(self.gpu_id, model, kind, ending.reason, ending.memory_bytes)
-                case RunOperation():
-                    self._report_run_failed(operation, kind, ending.reason, process.answered)
+            self._listener.process_lost(self.gpu_id, model, ending.reason)
         if ending.kind is FailureKind.DEVICE and (reason := self.device.lost()) is not None:
             self._give_up()
             self._listener.gpu_lost(self.gpu_id, reason)
-        self._next()
+        self._advance()
+
+    def _copied(self) -> AnyOperation | None:
+        """The current copy is over."""
+        operation, self._copying = self._turns.copying, None
+        if operation is not None:
+            self._turns.done(operation)
+        return operation
+
+    def _ran(self) -> AnyOperation | None:
+        """The current run is over."""
+        operation, self._running = self._turns.running, None
+        if operation is not None:
+            self._turns.done(operation)
+        return operation
+
+    def _report_copy_ended(self, operation: AnyOperation | None, model: str, ending: Ending) -> None:
+        match operation:
+            case LoadOperation() | RestoreOperation():
+                if ending.memory_bytes is not None:
+                    self._history.measured(model, ending.memory_bytes)
+                kind = ending.kind or FailureKind.CRASH
+                self._listener.load_failed(self.gpu_id, model, kind, ending.reason, ending.memory_bytes)
+            case OffloadOperation():
+                self._listener.process_lost(self.gpu_id, model, ending.reason)
+            case UnloadOperation():
+                self._history.took(model, Transition.UNLOAD, monotonic() - operation.begin_s)
 
     def _report_run_failed(
-        self, operation: RunOperation, kind: FailureKind, reason: str, answered: tuple[int, ...]
+        self, operation: AnyOperation | None, kind: FailureKind, reason: str, answered: tuple[int, ...]
     ) -> None:
         self.meter.end()
+        assert isinstance(operation, RunOperation)
         for call in operation.calls:
             self._where.pop(call.request_id, None)
             self._cancelled.discard(call.request_id)
@@ -232,6 +355,11 @@ class Lane:
 
     def _give_up(self) -> None:
         self._over = True
-        self._queue.clear()
+        self._turns.clear()
         for process in self._alive:
             process.end()
+
+
+def _untimely(model: str, verb: str, process: ModelProcess) -> Ending:
+    """Who asks for this has lost track of the process: it must go, so that all agree again."""
+    return Ending(FailureKind.CRASH, f"{model} was to {verb} while {process.state.value}")

@@ -14,8 +14,9 @@ from hotset.errors import ConfigurationError
 from hotset.node.devices.cuda import Nvml, cuda_devices
 from hotset.node.devices.device import Device
 from hotset.node.devices.virtual import virtual_devices
+from hotset.node.history import History, ModelHistory
 from hotset.node.interface import Call, LaunchSpec, NodeListener, ProcessReport
-from hotset.node.lane import Lane, LoadOperation, RunOperation, UnloadOperation
+from hotset.node.lane import Lane, LoadOperation, OffloadOperation, RestoreOperation, RunOperation, UnloadOperation
 from hotset.node.spawner import ProcessSource
 from hotset.node.zygote import ZygoteSource
 from hotset.vocabulary import Gpu
@@ -27,8 +28,9 @@ _PROBE_S = 2.0
 class LocalNode:
     """``Node`` for this machine: its CUDA GPUs (``cuda=True``), or so many ``virtual_gpus`` of ``memory_bytes`` each.
 
-    ``memory_bytes`` with ``cuda=True``: what models may use of each GPU, instead of what is free. ``source``: where
-    processes come from; ``nvml``: how CUDA GPUs are found.
+    ``memory_bytes`` with ``cuda=True``: what models may use of each GPU, instead of what is free. ``copy_bandwidth``:
+    bytes a second of a virtual GPU's modelled bus; None: weights are there as soon as the process has them.
+    ``source``: where processes come from; ``nvml``: how CUDA GPUs are found.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class LocalNode:
         virtual_gpus: int = 0,
         memory_bytes: int | None = None,
         cuda: bool = False,
+        copy_bandwidth: float | None = None,
         name: str = "local",
         source: ProcessSource | None = None,
         nvml: Nvml | None = None,
@@ -47,13 +50,17 @@ class LocalNode:
             raise ConfigurationError("virtual GPUs need a size: give --gpu-memory, for example --gpu-memory 2GiB")
         if bool(virtual_gpus) == cuda:
             raise ConfigurationError("a node has either CUDA GPUs or virtual ones: choose one")
+        if copy_bandwidth is not None and (cuda or not copy_bandwidth > 0):
+            raise ConfigurationError("a copy bandwidth is a positive number of bytes a second, of virtual GPUs only")
         self._virtual_gpus = virtual_gpus
+        self._copy_bandwidth = copy_bandwidth
         self._memory_bytes = memory_bytes
         self._name = name
         self._source = source or ZygoteSource()
         self._nvml = nvml
         self._lanes: dict[str, Lane] = {}
         self._where: dict[int, Lane] = {}
+        self._history = History()
         self._probing: asyncio.TimerHandle | None = None
 
     @property
@@ -65,10 +72,15 @@ class LocalNode:
         devices: Sequence[Device]
         if self._virtual_gpus:
             assert self._memory_bytes is not None
-            devices = virtual_devices(self._virtual_gpus, memory_bytes=self._memory_bytes, node=self._name)
+            devices = virtual_devices(
+                self._virtual_gpus,
+                memory_bytes=self._memory_bytes,
+                node=self._name,
+                copy_bandwidth=self._copy_bandwidth,
+            )
         else:
             devices = cuda_devices(self._nvml, memory_bytes=self._memory_bytes, node=self._name)
-        lanes = [Lane(device, listener, self._source, self._where) for device in devices]
+        lanes = [Lane(device, listener, self._source, self._where, self._history) for device in devices]
         self._lanes = {lane.gpu_id: lane for lane in lanes}
 
     async def stop(self) -> None:
@@ -84,16 +96,22 @@ class LocalNode:
         self._source.prepare(spec.python, spec.frameworks)
 
     def load(self, gpu_id: str, spec: LaunchSpec) -> None:
-        self._lanes[gpu_id].submit(LoadOperation(spec))
+        self._lanes[gpu_id].submit(LoadOperation(model=spec.model, spec=spec))
 
     def unload(self, gpu_id: str, model: str) -> None:
-        self._lanes[gpu_id].submit(UnloadOperation(model))
+        self._lanes[gpu_id].submit(UnloadOperation(model=model))
+
+    def offload(self, gpu_id: str, model: str) -> None:
+        self._lanes[gpu_id].submit(OffloadOperation(model=model))
+
+    def restore(self, gpu_id: str, model: str) -> None:
+        self._lanes[gpu_id].submit(RestoreOperation(model=model))
 
     def run(self, gpu_id: str, model: str, calls: Sequence[Call]) -> None:
         lane = self._lanes[gpu_id]
         for call in calls:
             self._where[call.request_id] = lane
-        lane.submit(RunOperation(model, calls))
+        lane.submit(RunOperation(model=model, calls=calls))
 
     def cancel(self, request_id: int) -> None:
         lane = self._where.get(request_id)
@@ -109,22 +127,26 @@ class LocalNode:
         return bool(self.gpus)
 
     def processes(self) -> list[ProcessReport]:
-        """Those whose model is loading or resident. Reading their memory takes about a millisecond each."""
+        """Those whose model is loading, resident or parked. Reading their memory takes about a millisecond each."""
         reports = []
         for lane in self._lanes.values():
             for process in lane.processes.values():
                 private_bytes, shared_bytes = host_memory(process.pid)
+                measured_bytes = lane.device.process_bytes(process.pid)
                 reports.append(
                     ProcessReport(
                         gpu_id=lane.gpu_id,
                         model=process.spec.model,
                         pid=process.pid,
-                        device_bytes=lane.device.process_bytes(process.pid) or process.memory_bytes,
+                        device_bytes=process.memory_bytes if measured_bytes is None else measured_bytes,
                         private_bytes=private_bytes,
                         shared_bytes=shared_bytes,
                     )
                 )
         return reports
+
+    def history(self) -> Mapping[str, ModelHistory]:
+        return self._history.report()
 
     def utilisation(self) -> Mapping[str, float]:
         shares = {}

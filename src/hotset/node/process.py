@@ -1,6 +1,7 @@
 """One process of one model, from spawn to reaping: the same for a GPU's processes and for CPU functions.
 
     STARTING --loaded--> READY --run--> RUNNING --ran--> READY --end--> ENDING --reaped--> ENDED
+                         READY --offload--> OFFLOADING --> PARKED --restore--> RESTORING --> READY
 
 Whatever goes wrong, in any state, leads to ENDING: the process group is killed, and its owner hears of it once, when
 the process is reaped and what it had sent before has been delivered. Its memory is free by then.
@@ -9,6 +10,7 @@ the process is reaped and what it had sent before has been delivered. Its memory
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 from collections import deque
@@ -20,7 +22,7 @@ from typing import Protocol
 
 import msgspec
 
-from hotset.node.frames import Failed, FrameError, Kind, Loaded, LoadOrder, control
+from hotset.node.frames import Failed, FrameError, Kind, Loaded, LoadOrder, Moved, control
 from hotset.node.interface import Answer, Call, LaunchSpec
 from hotset.node.logs import LogReader
 from hotset.node.spawner import ProcessSource, Spawned, return_code_text
@@ -40,6 +42,9 @@ class ProcessState(Enum):
     STARTING = "starting"
     READY = "ready"
     RUNNING = "running"
+    OFFLOADING = "offloading"
+    PARKED = "parked"
+    RESTORING = "restoring"
     ENDING = "ending"
     ENDED = "ended"
 
@@ -124,7 +129,9 @@ class ModelProcess:
         self.loaded = False
         """Its load succeeded, some time."""
         self.memory_bytes = 0
-        """As measured after the load."""
+        """GPU memory as measured: after the load, an offload, a restore."""
+        self.report: Loaded | None = None
+        """What it said of its load."""
         self.started_s = monotonic()
         self._owner = owner
         self._order = msgspec.structs.replace(order, env=dict(env))
@@ -137,6 +144,7 @@ class ModelProcess:
         self._connecting: asyncio.Task[None] | None = None
         self._transport: ProcessTransport | None = None
         self._log: LogReader | None = None
+        self._moved: Callable[[Moved], None] | None = None
         self._runs: deque[tuple[int, ...]] = deque()
         self._outstanding: set[int] = set()
         self._return_code: int | None = None
@@ -174,6 +182,21 @@ class ModelProcess:
             self._deadline.set(self.spec.timeout_s)
         self._transport.send_run(calls)
 
+    def offload(self, moved: Callable[[Moved], None]) -> None:
+        """Park the model; answered by ``moved`` or ``process_ended``. Only for a READY process."""
+        self._move(Kind.OFFLOAD, ProcessState.OFFLOADING, moved)
+
+    def restore(self, moved: Callable[[Moved], None]) -> None:
+        """Bring the model back; answered as ``offload``. Only for a PARKED process."""
+        self._move(Kind.RESTORE, ProcessState.RESTORING, moved)
+
+    def _move(self, order: Kind, state: ProcessState, moved: Callable[[Moved], None]) -> None:
+        assert self._transport is not None
+        self.state = state
+        self._moved = moved
+        self._deadline.set(self.spec.load_timeout_s)
+        self._transport.send(control(order))
+
     def cancel(self, request_id: int) -> bool:
         """The client of this request left. False: it is not (or no longer) among this process's."""
         if request_id not in self._outstanding or self._transport is None:
@@ -181,12 +204,12 @@ class ModelProcess:
         self._transport.send(control(Kind.CANCEL, id=request_id))
         return True
 
-    def end(self) -> None:
+    def end(self, because: Ending | None = None) -> None:
         """End it: in good order when it is idle, by SIGTERM when it is not, by SIGKILL after ``GRACE_S``."""
         if self.state in (ProcessState.ENDING, ProcessState.ENDED):
             return
-        idle = self.state is ProcessState.READY
-        self._end_because(Ending(None, "asked to end"))
+        idle = self.state in (ProcessState.READY, ProcessState.PARKED)
+        self._end_because(because or Ending(None, "asked to end"))
         if idle and self._transport is not None:
             self._transport.send(control(Kind.BYE))
         else:
@@ -209,14 +232,26 @@ class ModelProcess:
     def on_loaded(self, loaded: Loaded) -> None:
         if self.state is ProcessState.ENDING:
             return
-        if self.state is not ProcessState.STARTING or loaded.memory_bytes < 0:
+        possible = loaded.memory_bytes >= 0 and 0 <= loaded.import_s < math.inf and 0 <= loaded.load_s < math.inf
+        if self.state is not ProcessState.STARTING or not possible:
             raise FrameError("an untimely or impossible LOADED")
         self.state = ProcessState.READY
+        self.report = loaded
         self.loaded = True
         self.memory_bytes = loaded.memory_bytes
         self._deadline.clear()
         self._source.prepare(self.spec.python, loaded.frameworks)
         self._owner.process_loaded(self, loaded.memory_bytes)
+
+    def on_moved(self, moved: Moved) -> None:
+        if self.state is ProcessState.ENDING:
+            return
+        report, self._moved = self._moved, None
+        if report is None or moved.device_bytes < 0 or moved.host_bytes < 0:
+            raise FrameError("an untimely or impossible MOVED")
+        self.state = ProcessState.PARKED if self.state is ProcessState.OFFLOADING else ProcessState.READY
+        self._deadline.clear()
+        report(moved)
 
     def on_answer(self, answer: Answer) -> None:
         if answer.request_id not in self._outstanding:
@@ -273,6 +308,9 @@ class ModelProcess:
         if self.state is ProcessState.STARTING:
             limit = f"{self.spec.load_timeout_s:g} s: make load faster or raise load_timeout"
             self._end_because(Ending(FailureKind.HANG, f"did not load within {limit}"))
+        elif self.state in (ProcessState.OFFLOADING, ProcessState.RESTORING):
+            limit = f"{self.spec.load_timeout_s:g} s: raise load_timeout"
+            self._end_because(Ending(FailureKind.HANG, f"was not done {self.state.value} within {limit}"))
         elif self.state is ProcessState.RUNNING:
             limit = f"{self.spec.timeout_s:g} s: make predict faster or raise timeout"
             self._end_because(Ending(FailureKind.HANG, f"did not finish a run within {limit}"))

@@ -26,6 +26,7 @@ from hotset.node.frames import (
     FrameError,
     Kind,
     Loaded,
+    Moved,
     call_prefix,
     control,
     split_answer,
@@ -53,6 +54,8 @@ class FrameHandler(Protocol):
     def on_loaded(self, loaded: Loaded) -> None: ...
 
     def on_failed(self, failed: Failed) -> None: ...
+
+    def on_moved(self, moved: Moved) -> None: ...
 
     def on_closed(self, broken: str | None) -> None:
         """Nothing more will come. ``broken`` says which rule the process broke, None: it closed the socket."""
@@ -248,5 +251,7 @@ class ProcessTransport(asyncio.BufferedProtocol):
             self._handler.on_loaded(msgspec.msgpack.decode(buffer[start:end], type=Loaded))
         elif kind == Kind.FAILED:
             self._handler.on_failed(msgspec.msgpack.decode(buffer[start:end], type=Failed))
+        elif kind == Kind.MOVED:
+            self._handler.on_moved(msgspec.msgpack.decode(buffer[start:end], type=Moved))
         else:
             raise FrameError(f"a frame of kind {kind}, which no process may send")

@@ -60,6 +60,7 @@ class CudaDevice:
     """One NVIDIA GPU. Its processes see it alone, as ``cuda:0``."""
 
     device_name = "cuda:0"
+    copy_bandwidth = None
 
     def __init__(self, nvml: Nvml, handle: Any, gpu: Gpu, uuid: str) -> None:
         self.gpu = gpu
@@ -79,6 +80,10 @@ class CudaDevice:
             if each.usedGpuMemory is not None and (each.pid == pid or _group(each.pid) == pid)
         ]
         return sum(used) if used else None
+
+    def free_bytes(self) -> int | None:
+        memory = self._nvml.ask("nvmlDeviceGetMemoryInfo", self._handle)
+        return None if memory is None else int(memory.free)
 
     def utilisation(self) -> float | None:
         rates = self._nvml.ask("nvmlDeviceGetUtilizationRates", self._handle)

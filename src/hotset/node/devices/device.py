@@ -19,12 +19,21 @@ class Device(Protocol):
         """What a function's ``load(device)`` gets."""
         ...
 
+    @property
+    def copy_bandwidth(self) -> float | None:
+        """Bytes a second of a modelled bus between host and device; None: the real one takes the time it takes."""
+        ...
+
     def environment(self) -> Mapping[str, str]:
         """Variables for the processes of this device, so that they see it and no other."""
         ...
 
     def process_bytes(self, pid: int) -> int | None:
         """Device memory a process holds; None where only the process itself can tell."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Device memory that nobody uses now; None: only the node counts."""
         ...
 
     def utilisation(self) -> float | None:

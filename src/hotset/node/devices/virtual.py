@@ -15,8 +15,9 @@ class VirtualDevice:
 
     device_name = "cpu"
 
-    def __init__(self, gpu: Gpu, *, threads: int) -> None:
+    def __init__(self, gpu: Gpu, *, threads: int, copy_bandwidth: float | None = None) -> None:
         self.gpu = gpu
+        self.copy_bandwidth = copy_bandwidth
         self._threads = threads
 
     def environment(self) -> Mapping[str, str]:
@@ -26,6 +27,9 @@ class VirtualDevice:
         return {"CUDA_VISIBLE_DEVICES": "", **threads}
 
     def process_bytes(self, pid: int) -> int | None:
+        return None
+
+    def free_bytes(self) -> int | None:
         return None
 
     def utilisation(self) -> float | None:
@@ -43,7 +47,10 @@ def virtual_gpus(count: int, *, memory_bytes: int, node: str = "local") -> list[
     return [Gpu(gpu_id=f"{node}/virtual:{index}", memory_bytes=memory_bytes, node=node) for index in range(count)]
 
 
-def virtual_devices(count: int, *, memory_bytes: int, node: str = "local") -> list[VirtualDevice]:
-    """The same as devices; the machine's cores are divided among them."""
+def virtual_devices(
+    count: int, *, memory_bytes: int, node: str = "local", copy_bandwidth: float | None = None
+) -> list[VirtualDevice]:
+    """The same as devices; the machine's cores are divided among them, each has a bus of its own."""
     threads = max(1, len(os.sched_getaffinity(0)) // count) if count else 1
-    return [VirtualDevice(gpu, threads=threads) for gpu in virtual_gpus(count, memory_bytes=memory_bytes, node=node)]
+    gpus = virtual_gpus(count, memory_bytes=memory_bytes, node=node)
+    return [VirtualDevice(gpu, threads=threads, copy_bandwidth=copy_bandwidth) for gpu in gpus]

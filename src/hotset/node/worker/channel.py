@@ -22,6 +22,7 @@ from hotset.node.frames import (
     Kind,
     Loaded,
     LoadOrder,
+    Moved,
     answer_kind,
     control,
     split_call,
@@ -65,7 +66,7 @@ class Channel:
         self._view = memoryview(self._buffer)
         self._filled = 0
         self._orders: deque[LoadOrder] = deque()
-        self._runs: deque[list[Call]] = deque()
+        self._work: deque[list[Call] | Kind] = deque()
         self._calls: list[Call] = []
         self._bye = False
         self._out: list[bytes | memoryview] = []
@@ -78,12 +79,15 @@ class Channel:
             self._receive()
         return self._orders.popleft()
 
-    def next_run(self) -> list[Call]:
-        """The next run; replies leave before it waits. Raises ``ClosedError`` or ``ByeError``."""
-        while not self._runs:
+    def next_work(self) -> list[Call] | Kind:
+        """The calls of the next run, or ``OFFLOAD`` or ``RESTORE``; replies leave before it waits.
+
+        Raises ``ClosedError`` or ``ByeError``.
+        """
+        while not self._work:
             self.flush()
             self._receive()
-        return self._runs.popleft()
+        return self._work.popleft()
 
     def poll(self) -> None:
         """Take in what has arrived, without waiting. Raises ``ClosedError`` when the node is gone."""
@@ -136,7 +140,7 @@ class Channel:
                 body = self._slots.read(*SLOT_REFERENCE.unpack(body))
             self._calls.append(Call(request_id=id, body=body, content_type=content_type, accept=accept))
             if flags & _LAST:
-                self._runs.append(self._calls)
+                self._work.append(self._calls)
                 self._calls = []
         elif kind == Kind.FREE:
             self._slots.freed(id)
@@ -144,13 +148,15 @@ class Channel:
             self.cancelled.add(id)
         elif kind == Kind.LOAD:
             self._orders.append(msgspec.msgpack.decode(payload, type=LoadOrder))
+        elif kind in (Kind.OFFLOAD, Kind.RESTORE):
+            self._work.append(Kind(kind))
         elif kind == Kind.BYE:
             self._bye = True
 
     @property
     def idle(self) -> bool:
         """No run has been received that was not handed out."""
-        return not self._runs and not self._calls
+        return not self._work and not self._calls
 
     # Out
 
@@ -188,6 +194,10 @@ class Channel:
 
     def loaded(self, loaded: Loaded) -> None:
         self._out.append(control(Kind.LOADED, loaded))
+        self.flush()
+
+    def moved(self, moved: Moved) -> None:
+        self._out.append(control(Kind.MOVED, moved))
         self.flush()
 
     def failed(self, failed: Failed) -> None:

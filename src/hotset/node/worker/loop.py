@@ -17,13 +17,14 @@ from hotset.functions.http_envelope import PROCESS_ENTRY
 from hotset.functions.loading import load_entry
 from hotset.functions.runtime import Call as Argument
 from hotset.functions.runtime import Outcome, Runtime, Stream
-from hotset.node.frames import MAX_BODY_BYTES, Failed, Loaded, LoadOrder
+from hotset.node.frames import MAX_BODY_BYTES, Failed, Kind, Loaded, LoadOrder
 from hotset.node.interface import Call
 from hotset.node.worker import environment
 from hotset.node.worker.channel import ByeError, Channel, ClosedError
 from hotset.node.worker.fast_load import Incomplete, fast_load
 from hotset.node.worker.faults import classify, describe, load_failure
 from hotset.node.worker.memory import children_bytes, cuda_bytes, measure, private_bytes
+from hotset.node.worker.residency import CannotPark, Residency, pace, trim_heap
 from hotset.vocabulary import FailureKind
 
 if TYPE_CHECKING:
@@ -42,13 +43,15 @@ class Exit(IntEnum):
     BYE = 0
     LOAD_FAILED = 70
     DEVICE_FAILED = 71
+    MOVE_FAILED = 72
 
 
-class DeviceError(Exception):
-    """The GPU, or its memory, failed under a call; this process must end."""
+class FatalError(Exception):
+    """Something failed that this process cannot go on after."""
 
-    def __init__(self, failed: Failed) -> None:
+    def __init__(self, failed: Failed, code: Exit) -> None:
         self.failed = failed
+        self.code = code
 
 
 class Worker:
@@ -57,6 +60,7 @@ class Worker:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._runtime: Runtime | ProcessRuntime | None = None
+        self._residency: Residency | None = None
         self._latest_s = 0.0
         """How long the latest call or item took."""
         self._flushed_s = 0.0
@@ -70,10 +74,14 @@ class Worker:
                 self._channel.failed(failed)
                 return Exit.LOAD_FAILED
             while True:
-                self._run(self._channel.next_run())
-        except DeviceError as error:
+                work = self._channel.next_work()
+                if isinstance(work, list):
+                    self._run(work)
+                else:
+                    self._move(work)
+        except FatalError as error:
             self._channel.failed(error.failed)
-            return Exit.DEVICE_FAILED
+            return error.code
         except ByeError:
             self._unload()
         except ClosedError:
@@ -86,16 +94,19 @@ class Worker:
         if os.path.isdir(order.code_path):
             os.chdir(order.code_path)
         environment.apply(order.env)
+        begin_s = perf_counter()
         try:
             runtime = _runtime(order)
             _limit_cuda(order)
             before_bytes = private_bytes()
+            imported_s = perf_counter()
             try:
                 with fast_load():
                     runtime.load()
             except Incomplete as reason:
                 sys.stderr.write(f"hotset: load is run as it is, which is slower: {reason}\n")
                 runtime = _runtime(order)
+                trim_heap()
                 runtime.load()
         except Exception as error:  # noqa: BLE001 - whatever a user's load raises is reported, with its traceback in the log
             traceback.print_exc()
@@ -114,9 +125,31 @@ class Worker:
                     reason=f"takes {_mib(memory_bytes)} once loaded, but its GPU had {_mib(order.limit_bytes)} free",
                     memory_bytes=memory_bytes,
                 )
+        pace(imported_s, memory_bytes, order.copy_bandwidth)
         self._runtime = runtime
-        self._channel.loaded(Loaded(memory_bytes=memory_bytes, frameworks=environment.imported_frameworks()))
+        self._residency = Residency(runtime.instance, order.device, memory_bytes, order.copy_bandwidth)
+        self._channel.loaded(
+            Loaded(
+                memory_bytes=memory_bytes,
+                frameworks=environment.imported_frameworks(),
+                import_s=imported_s - begin_s,
+                load_s=perf_counter() - imported_s,
+            )
+        )
         return None
+
+    def _move(self, order: Kind) -> None:
+        """Offload or restore. After a failure nobody knows where the weights are, so the process ends."""
+        assert self._residency is not None
+        try:
+            moved = self._residency.offload() if order is Kind.OFFLOAD else self._residency.restore()
+        except CannotPark as reason:
+            failed = Failed(kind=FailureKind.ERROR, reason=f"cannot be parked: {reason}")
+            raise FatalError(failed, Exit.MOVE_FAILED) from None
+        except Exception as error:  # noqa: BLE001 - a user's hook, or the device: reported, with its traceback in the log
+            traceback.print_exc()
+            raise FatalError(load_failure(error), Exit.MOVE_FAILED) from None
+        self._channel.moved(moved)
 
     def _unload(self) -> None:
         if self._runtime is None:
@@ -216,7 +249,7 @@ def _runtime(order: LoadOrder) -> Runtime | ProcessRuntime:
 def _raise_device_error(error: Exception) -> None:
     kind = classify(error)
     if kind is not None:
-        raise DeviceError(Failed(kind=kind, reason=describe(error)))
+        raise FatalError(Failed(kind=kind, reason=describe(error)), Exit.DEVICE_FAILED)
 
 
 def _limit_cuda(order: LoadOrder) -> None:

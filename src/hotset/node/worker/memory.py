@@ -11,12 +11,17 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections import OrderedDict
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 _DEPTH = 6
 _OBJECTS = 200_000
+_OF_MODULES = frozenset(("_parameters", "_buffers", "_modules"))
+"""Where a module keeps what its own iterators list."""
 _PLAIN = (str, bytes, bytearray, int, float, complex, bool, type(None), type, ModuleType)
+_PLAIN_TYPES = frozenset(_PLAIN)
+_TABLES = frozenset((dict, OrderedDict, list, tuple, set))
 
 
 def private_bytes() -> int:
@@ -60,24 +65,45 @@ def measure(function: object, growth_bytes: int) -> int:
     return arrays if 2 * arrays >= growth_bytes else growth_bytes
 
 
-def cuda_bytes() -> int | None:
+def cuda_bytes(*, emptied: bool = False) -> int | None:
     """What torch has reserved on its GPU, contexts aside; None where torch is not in use. NVML knows better, if it is
-    allowed to look into this process."""
+    allowed to look into this process. ``emptied``: what torch keeps for later is given back first."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
+    if emptied:
+        torch.cuda.empty_cache()
     return int(torch.cuda.memory_reserved())
 
 
-def found_bytes(root: object) -> tuple[int, int]:
-    """Bytes of distinct torch storages, and of distinct numpy buffers, reachable from ``root``'s attributes.
+class Found(NamedTuple):
+    """What a function object holds, each object once."""
 
-    The walk follows attributes and plain containers, ``_DEPTH`` levels down; it never imports a framework: what is not
-    imported cannot be held.
+    tensors: list[Any]
+    """torch tensors; several may share one storage."""
+    arrays: list[Any]
+    """numpy arrays, each the owner of its buffer."""
+
+
+def found_bytes(root: object) -> tuple[int, int]:
+    """Bytes of distinct torch storages, and of distinct numpy buffers, reachable from ``root``'s attributes."""
+    found = reachable(root)
+    storages: dict[int, int] = {}
+    for tensor in found.tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    buffers = {array.__array_interface__["data"][0]: array.nbytes for array in found.arrays}
+    return sum(storages.values()), sum(buffers.values())
+
+
+def reachable(root: object) -> Found:
+    """The tensors and arrays in ``root``'s attributes.
+
+    The walk follows attributes and plain containers, ``_DEPTH`` levels down, and all of a ``torch.nn.Module``'s
+    parameters and buffers; it never imports a framework: what is not imported cannot be held.
     """
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
-    storages: dict[int, int] = {}
-    buffers: dict[int, int] = {}
+    found = Found([], [])
     seen: set[int] = set()
     level: list[Any] = [root]
     for _ in range(_DEPTH):
@@ -87,15 +113,21 @@ def found_bytes(root: object) -> tuple[int, int]:
                 continue
             seen.add(id(item))
             if torch is not None and isinstance(item, torch.Tensor):
-                storage = item.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+                found.tensors.append(item)
             elif torch is not None and isinstance(item, torch.nn.Module):
                 following += item.parameters()
                 following += item.buffers()
+                for module in item.modules():
+                    seen.add(id(module))
+                    for name, value in vars(module).items():
+                        # Most of what a module has are flags and empty tables of hooks.
+                        kind = type(value)
+                        if kind not in _PLAIN_TYPES and name not in _OF_MODULES and (kind not in _TABLES or value):
+                            following.append(value)
             elif numpy is not None and isinstance(item, numpy.ndarray):
                 while isinstance(item.base, numpy.ndarray):
                     item = item.base
-                buffers[item.__array_interface__["data"][0]] = item.nbytes
+                found.arrays.append(item)
             elif isinstance(item, dict):
                 following += item.values()
             elif isinstance(item, (list, tuple, set, frozenset)):
@@ -103,4 +135,4 @@ def found_bytes(root: object) -> tuple[int, int]:
             else:
                 following += getattr(item, "__dict__", {}).values()
         level = following
-    return sum(storages.values()), sum(buffers.values())
+    return found

@@ -1,0 +1,239 @@
+"""Where the weights of a process's model are: in device memory (HOT) or parked in host memory (WARM).
+
+``offload`` copies every tensor's storage into one slab of host memory and leaves each tensor empty; ``restore`` puts
+the very same bytes back into the very same tensor objects. So whoever holds a tensor, tied weights, views of one
+storage and modules that were compiled eagerly keep working, and the function's ``load`` is not called again. (CUDA
+graphs remember addresses: a function that captured one needs hooks of its own.)
+
+A function may define ``offload(self)`` and ``restore(self, device)``; they are called instead.
+
+The memory of a virtual GPU is host memory, so nothing is copied there, and a model of any library can stay as it is;
+if its bus has a modelled bandwidth, the copy's time passes all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterator, Sequence
+from time import perf_counter, sleep
+from typing import Any
+
+import msgspec
+
+from hotset.node.frames import Moved
+from hotset.node.worker.memory import cuda_bytes, reachable
+
+_ALIGNMENT = 512
+"""Copies from and to the device are fastest between aligned addresses."""
+
+
+class CannotPark(Exception):
+    """The model has nothing that could be copied."""
+
+
+class Weights:
+    """The tensors of a model on one device, as distinct storages; several tensors may share one."""
+
+    def __init__(self, tensors: Sequence[Any]) -> None:
+        """Raises ``CannotPark`` for a tensor that is more than a strided view of plain memory."""
+        torch = sys.modules["torch"]
+        self._bound: list[_Bound] = []
+        self._storages: dict[int, _Stored] = {}
+        self.size_bytes = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            size = storage.nbytes()
+            if not size:
+                continue
+            if tensor.layout is not torch.strided or type(tensor) not in _plain_types():
+                raise CannotPark(f"a tensor of type {type(tensor).__name__} cannot be copied as plain memory")
+            key = storage.data_ptr()
+            if key not in self._storages:
+                self._storages[key] = _Stored(self.size_bytes, size)
+                self.size_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+            self._bound.append(_Bound(tensor, key, tensor.storage_offset(), tensor.size(), tensor.stride()))
+
+    def leave(self, slab: Any, copying: contextlib.AbstractContextManager[None]) -> None:
+        """Copy all storages to ``slab`` (uint8, ``size_bytes`` long) and let go of them.
+
+        ``copying``: the context of the copies, which are done when it is left.
+        """
+        torch = sys.modules["torch"]
+        with torch.no_grad():
+            with copying:
+                left = set(self._storages)
+                for bound in self._bound:
+                    if bound.key in left:
+                        left.discard(bound.key)
+                        stored = self._storages[bound.key]
+                        slab[stored.span].copy_(_flat(bound.tensor.untyped_storage(), bound.tensor.device), True)
+            # All copies are there before the first storage goes.
+            for bound in self._bound:
+                bound.tensor.data = torch.empty(0, dtype=bound.tensor.dtype, device=bound.tensor.device)
+
+    def come_back(self, slab: Any, copying: contextlib.AbstractContextManager[None]) -> None:
+        """The opposite of ``leave``. Raises what the device's allocator raises when there is no room."""
+        torch = sys.modules["torch"]
+        device = self._bound[0].tensor.device
+        with torch.no_grad():
+            flats = {
+                key: torch.empty(stored.size_bytes, dtype=torch.uint8, device=device)
+                for key, stored in self._storages.items()
+            }
+            with copying:
+                for key, stored in self._storages.items():
+                    flats[key].copy_(slab[stored.span], True)
+            for bound in self._bound:
+                tensor, storage = bound.tensor, flats[bound.key].untyped_storage()
+                whole = torch.empty(0, dtype=tensor.dtype, device=device)
+                tensor.data = whole.set_(storage, bound.offset, bound.size, bound.stride)
+
+
+class _Stored(msgspec.Struct, frozen=True):
+    """Where in the slab one storage is."""
+
+    offset: int
+    size_bytes: int
+
+    @property
+    def span(self) -> slice:
+        return slice(self.offset, self.offset + self.size_bytes)
+
+
+class _Bound(msgspec.Struct, frozen=True):
+    """How one tensor sees its storage."""
+
+    tensor: Any
+    key: int
+    offset: int
+    """In elements, as ``size`` and ``stride``."""
+    size: Any
+    stride: Any
+
+
+def _plain_types() -> tuple[type, ...]:
+    torch = sys.modules["torch"]
+    return torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter)
+
+
+def _flat(storage: Any, device: Any) -> Any:
+    """A whole storage as bytes."""
+    torch = sys.modules["torch"]
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (storage.nbytes(),), (1,))
+
+
+class Slab:
+    """Host memory of exactly one size, which goes back to the system when it is closed.
+
+    torch's own pinned allocator rounds up to a power of two and keeps what it has; this is mapped, and pinned where
+    the driver agrees, because a copy from memory that is not pinned is several times slower.
+    """
+
+    def __init__(self, size_bytes: int, *, pinned: bool) -> None:
+        torch = sys.modules["torch"]
+        self._map = mmap.mmap(-1, size_bytes)
+        with contextlib.suppress(OSError):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._runtime = torch.cuda.cudart() if pinned else None
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        if self._runtime is not None and int(self._runtime.cudaHostRegister(self._address, size_bytes, 0)):
+            self._runtime = None
+        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    @property
+    def pinned(self) -> bool:
+        return self._runtime is not None
+
+    def close(self) -> None:
+        """No copy from or to it may be under way."""
+        if self._runtime is not None:
+            self._runtime.cudaHostUnregister(self._address)
+        del self.tensor
+        self._map.close()
+
+
+class Residency:
+    """The weights of one loaded function object. ``memory_bytes``: what it took when it was loaded.
+
+    ``bandwidth``: bytes a second of a virtual GPU's modelled bus; None: copies there take no time.
+    """
+
+    def __init__(self, instance: Any, device: str, memory_bytes: int, bandwidth: float | None = None) -> None:
+        self._instance = instance
+        self._device = device
+        self._memory_bytes = memory_bytes
+        self._bandwidth = bandwidth
+        self._on_cuda = device.startswith("cuda")
+        self._hooked = all(callable(getattr(instance, name, None)) for name in ("offload", "restore"))
+        self._parked: tuple[Weights, Slab] | None = None
+
+    def offload(self) -> Moved:
+        """Free the device's memory. Raises ``CannotPark`` when that would take more than the process can do, and
+        whatever the function's own ``offload`` raises."""
+        begin_s = perf_counter()
+        host_bytes = self._memory_bytes
+        if self._hooked:
+            self._instance.offload()
+        elif self._on_cuda:
+            host_bytes = self._park()
+        pace(begin_s, self._memory_bytes, self._bandwidth)
+        if not self._on_cuda:
+            return Moved(device_bytes=0, host_bytes=host_bytes)
+        trim_heap()
+        return Moved(device_bytes=cuda_bytes(emptied=True) or 0, host_bytes=host_bytes)
+
+    def restore(self) -> Moved:
+        """Take the device's memory again; ``device_bytes`` of the answer is what the model takes now."""
+        begin_s = perf_counter()
+        if self._hooked:
+            self._instance.restore(self._device)
+        elif self._parked is not None:
+            weights, slab = self._parked
+            weights.come_back(slab.tensor, copying())
+            slab.close()
+            self._parked = None
+        pace(begin_s, self._memory_bytes, self._bandwidth)
+        return Moved(device_bytes=(cuda_bytes() if self._on_cuda else None) or self._memory_bytes, host_bytes=0)
+
+    def _park(self) -> int:
+        """Copy what is on the GPU to host memory; the bytes it takes there."""
+        tensors = [tensor for tensor in reachable(self._instance).tensors if tensor.is_cuda]
+        if not tensors:
+            raise CannotPark("it holds no torch tensors on the GPU: give its class offload and restore methods")
+        weights = Weights(tensors)
+        slab = Slab(weights.size_bytes, pinned=True)
+        weights.leave(slab.tensor, copying())
+        self._parked = weights, slab
+        return weights.size_bytes
+
+
+@contextlib.contextmanager
+def copying() -> Iterator[None]:
+    """Copies in this context go through a stream of their own: they begin when the GPU has nothing else to do, and are
+    done when the context is left."""
+    cuda = sys.modules["torch"].cuda
+    cuda.synchronize()
+    stream = cuda.Stream()
+    try:
+        with cuda.stream(stream):
+            yield
+    finally:
+        stream.synchronize()
+
+
+def pace(begin_s: float, size_bytes: int, bandwidth: float | None) -> None:
+    """Wait until a copy of ``size_bytes`` that began at ``begin_s`` (``perf_counter``) would be done."""
+    if bandwidth is not None:
+        left_s = begin_s + size_bytes / bandwidth - perf_counter()
+        if left_s > 0:
+            sleep(left_s)
+
+
+def trim_heap() -> None:
+    """Give freed heap memory back to the system; glibc keeps it otherwise, weights included."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
