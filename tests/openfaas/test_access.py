@@ -45,24 +45,23 @@ def test_passwords_do_not_show_in_what_is_printed():
 
 
 @pytest.mark.parametrize(
-    ("address", "config", "grpc", "problem"),
+    ("address", "config", "problem"),
     [
-        ("127.0.0.1", AccessConfig(), True, None),
-        ("::1", AccessConfig(), False, None),
-        ("0.0.0.0", AccessConfig(), False, "--auth FILE, or --insecure"),
-        ("10.0.0.7", AccessConfig(), False, "--auth FILE, or --insecure"),
-        ("fe80::1%eth0", AccessConfig(), False, "--auth FILE, or --insecure"),
-        ("0.0.0.0", AccessConfig(insecure=True), True, None),
-        ("0.0.0.0", AccessConfig(credentials=Credentials("a", "b")), False, None),
-        ("0.0.0.0", AccessConfig(credentials=Credentials("a", "b")), True, "leave out --grpc-port"),
+        ("127.0.0.1", AccessConfig(), None),
+        ("::1", AccessConfig(), None),
+        ("0.0.0.0", AccessConfig(), "--auth FILE, or --insecure"),
+        ("10.0.0.7", AccessConfig(), "--auth FILE, or --insecure"),
+        ("fe80::1%eth0", AccessConfig(), "--auth FILE, or --insecure"),
+        ("0.0.0.0", AccessConfig(insecure=True), None),
+        ("0.0.0.0", AccessConfig(credentials=Credentials("a", "b")), None),
     ],
 )
-def test_what_others_can_reach_asks_who_they_are(address, config, grpc, problem):
+def test_what_others_can_reach_asks_who_they_are(address, config, problem):
     if problem is None:
-        config.check_address(address, grpc=grpc)
+        config.check_address(address)
     else:
         with pytest.raises(ConfigurationError, match=problem):
-            config.check_address(address, grpc=grpc)
+            config.check_address(address)
 
 
 def test_keys():

@@ -110,7 +110,7 @@ async def run(
     control = Control(scheduler, nodes, cpu=CpuPool(), config=ControlConfig(recorded_calls=config.recorded_calls))
     access = msgspec.structs.replace(config.access, max_body_bytes=config.max_body_bytes)
     with contextlib.closing(bind(config.host, config.port)) as listening:
-        access.check_address(listening.getsockname()[0], grpc=config.grpc_port is not None)
+        access.check_address(listening.getsockname()[0])
         store = SqliteDatastore(config.data)
         secrets = Secrets(config.data / "secrets", access.secrets_path)
         deployments = Deployments(

@@ -46,18 +46,13 @@ class AccessConfig(msgspec.Struct, frozen=True, kw_only=True):
     role: Role = Role.AUTO
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
 
-    def check_address(self, address: str, *, grpc: bool) -> None:
+    def check_address(self, address: str) -> None:
         """Raises ``ConfigurationError`` for an address that others reach while nobody is asked who he is."""
         if self.insecure or ipaddress.ip_address(address.partition("%")[0]).is_loopback:
             return
         if self.credentials is None:
             raise ConfigurationError(
                 f"{address} can be reached by others, and anybody could deploy code: give --auth FILE, or --insecure"
-            )
-        if grpc:
-            raise ConfigurationError(
-                f"{address} can be reached by others, and gRPC asks for no credentials: leave out --grpc-port, or give "
-                f"--insecure"
             )
 
 
