@@ -47,6 +47,7 @@ COMMANDS: dict[str, Lazy] = {
     "replay": Lazy("hotset.cli.replay:replay", "What if? Re-run a live trace in the simulator."),
     "serve": Lazy("hotset.cli.serve:serve", "Serve functions on GPUs, real or virtual."),
     "top": Lazy("hotset.cli.watch:top", "Watch the GPUs: what is hot, what runs, what waits."),
+    "tune": Lazy("hotset.cli.tune:tune_command", "Say which policy and settings would serve your traffic best."),
     "paper": Lazy("hotset.cli.paper:paper", "Reproduce the paper's evaluation: tables, plots, one HTML report."),
     "simulate": Lazy("hotset.cli.simulate:simulate", "Compare scheduling and eviction policies in simulation."),
 }

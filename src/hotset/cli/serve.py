@@ -60,6 +60,10 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
 @click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), help="Where functions are kept.")
 @click.option("--policy", default="lalb_o3", show_default=True, type=click.Choice(list(POLICIES)))
 @click.option("--o3-limit", default=25, show_default=True, type=click.IntRange(min=0), help="Most times passed over.")
+@click.option("--max-skips", default=10_000, show_default=True, type=click.IntRange(min=1), help="The same, of hotset.")
+@click.option(
+    "--max-wait", default="60s", show_default=True, metavar="TIME", help="Then hotset passes it over no more."
+)
 @click.option("--eviction", default="lru", show_default=True, type=click.Choice(list(EVICTIONS)))
 @click.option(
     "--virtual-gpus",
@@ -117,6 +121,8 @@ def serve(
     data_dir: Path | None,
     policy: str,
     o3_limit: int,
+    max_skips: int,
+    max_wait: str,
     eviction: str,
     virtual_gpus: int,
     gpu_memory: str | None,
@@ -167,6 +173,8 @@ def serve(
         data=data_dir or _default_data(),
         policy=policy,
         o3_limit=o3_limit,
+        max_skips=max_skips,
+        max_wait_s=parse_duration(max_wait, "--max-wait"),
         eviction=eviction,
         virtual_gpus=virtual_gpus,
         gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory is not None else None,
