@@ -109,7 +109,7 @@ class SystemApi:
     def application(self) -> Any:
         """ASGI, with the provider's request metrics around it."""
         application = Starlette(routes=routes(self.operations), exception_handlers=ERROR_HANDLERS)
-        return self._provider_metrics.around(application)
+        return self._provider_metrics.around(self._functions.around(application))
 
     def _own(self) -> list[Operation]:
         return [

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from time import monotonic
+from urllib.parse import parse_qsl
 
 import msgspec
 import psutil  # type: ignore[import-untyped]
@@ -17,6 +18,8 @@ from hotset.errors import HotsetError
 from hotset.functions.contract import FunctionKind
 from hotset.functions.units import format_bytes
 from hotset.gateway import readings
+from hotset.gateway.app import Application, Scope, Send
+from hotset.gateway.calls import Receive
 from hotset.gateway.control import Control
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.openfaas.namespaces import Namespaces
@@ -41,6 +44,10 @@ NAME_LABEL = "faas_function"
 """A label every function has; OpenFaaS clients look for it."""
 GPU, GPU_MEMORY, GPU_REQUEST = "hotset.gpu", "hotset.gpu-memory-now", "hotset.gpu-request"
 """Annotations that say what became of a request for a GPU: they survive an OpenFaaS gateway, other fields do not."""
+
+_STATUS = "/system/function/"
+_JSON_TYPE = (b"content-type", b"application/json")
+_encode = msgspec.json.Encoder().encode
 
 log = logging.getLogger("hotset.gateway")
 
@@ -134,11 +141,32 @@ class FunctionsApi:
 
     async def status(self, request: Request) -> Response:
         query = request.query_params
-        record = self.find(request.path_params["name"], (query.get("namespace"),))
+        return json_response(self._answer(request.path_params["name"], query.get("namespace"), query.get("usage", "")))
+
+    def around(self, application: Application) -> Application:
+        """The same application, with a way past the framework for what an OpenFaaS gateway asks before every call."""
+
+        async def shortened(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http" or scope["method"] != "GET" or not scope["path"].startswith(_STATUS):
+                await application(scope, receive, send)
+                return
+            query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
+            code = 200
+            try:
+                answer = self._answer(scope["path"][len(_STATUS) :], query.get("namespace"), query.get("usage", ""))
+                body = _encode(answer)
+            except HTTPException as error:
+                code, body = error.status_code, error_body(error.detail)
+            headers = [_JSON_TYPE, (b"content-length", b"%d" % len(body))]
+            await send({"type": "http.response.start", "status": code, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+
+        return shortened
+
+    def _answer(self, name: str, namespace: str | None, usage: str) -> FunctionStatus:
+        record = self.find(name, (namespace,))
         status = self.status_of(record)
-        if read_flag(query.get("usage", "")):
-            status = msgspec.structs.replace(status, usage=self._usage(record))
-        return json_response(status)
+        return msgspec.structs.replace(status, usage=self._usage(record)) if read_flag(usage) else status
 
     def status_of(self, record: FunctionRecord) -> FunctionStatus:
         return self._status(record, readings.waiting_of(self._control, record.name))
