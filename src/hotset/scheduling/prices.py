@@ -99,11 +99,14 @@ class Prices:
         return price_s
 
     def room_s(self, gpu: GpuState, missing_bytes: int, now_s: float) -> float | None:
-        """The price of ``cheapest_victims``, to compare GPUs by: maybe not the newest (``is_current``)."""
+        """The price of ``cheapest_victims``, to compare GPUs by: maybe not the newest (``is_current``).
+
+        Of a busy GPU: what it will be when the model that it runs may go as well.
+        """
         prices = self._of(gpu, now_s)
         room = prices.rooms.get(missing_bytes) if gpu.work is None else None
         if room is None:
-            room = self._room(gpu, missing_bytes, now_s)
+            room = self._room(gpu, missing_bytes, now_s, ahead=gpu.work is not None)
         return room.price_s if room is not None else None
 
     def is_current(self, gpu: GpuState) -> bool:
@@ -123,12 +126,12 @@ class Prices:
         prove not to be needed. None: the room cannot be made.
         """
         self.is_current(gpu)
-        room = self._room(gpu, missing_bytes, now_s)
+        room = self._room(gpu, missing_bytes, now_s, ahead=False)
         return room.victims if room is not None else None
 
-    def _room(self, gpu: GpuState, missing_bytes: int, now_s: float) -> _Room | None:
+    def _room(self, gpu: GpuState, missing_bytes: int, now_s: float, *, ahead: bool) -> _Room | None:
         priced = self._priced(gpu, now_s)
-        ranked = [one for one in priced.values() if not one.resident.in_use]
+        ranked = [one for one in priced.values() if ahead or not one.resident.in_use]
         lines = self._cluster.queue.models
         unwanted = [one for one in ranked if one.resident.model not in lines]
         for candidates in (unwanted, ranked):
