@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
@@ -88,13 +89,14 @@ class Server(msgspec.Struct, frozen=True):
     """A running ``hotset serve``."""
 
     url: str
-    pid: int
+    log: Path
 
 
 @contextlib.contextmanager
 def serving(data: Path, gpu_memory: str, policy: str, eviction: str) -> Iterator[Server]:
     """``hotset serve`` on two virtual GPUs, in a process of its own that ends with the context."""
-    with (data.parent / "server.log").open("ab") as log:
+    log_path = data.parent / "server.log"
+    with log_path.open("ab") as log:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "hotset", "serve", "--port", "0", "--data-dir", str(data), "--json"),
@@ -111,9 +113,9 @@ def serving(data: Path, gpu_memory: str, policy: str, eviction: str) -> Iterator
         while not said.rstrip().endswith(b"}"):
             line = process.stdout.readline()
             if not line:
-                raise SystemExit(f"the server did not start:\n{(data.parent / 'server.log').read_text()}")
+                raise SystemExit(f"the server did not start:\n{log_path.read_text()}")
             said += line
-        yield Server(json.loads(said)["url"], process.pid)
+        yield Server(json.loads(said)["url"], log_path)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -149,12 +151,15 @@ def deployed(prepared: Path, gpu_memory: str, policy: str, eviction: str) -> Ite
 
 
 def invoke(server: Server, name: str) -> None:
-    """One call, alone; raises ``urllib.error.HTTPError`` when it fails."""
+    """One call, alone; ends the benchmark with what the server said when it fails."""
     request = urllib.request.Request(
         f"{server.url}/function/{name}", data=CALL, headers={"content-type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        answer.read()
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            answer.read()
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"{name}: {error} {error.read().decode()}\n{server.log.read_text()}") from None
 
 
 class MemoryReport(msgspec.Struct):
