@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from v2_world import Scale, World, binary_output, run, tensor
 
 from hotset.errors import ConfigurationError
 from hotset.functions.model_files import FileSettings
+from hotset.gateway.v2 import repository
 from hotset.gateway.v2.repository import DirectoryRepository
 from hotset.store.repository import ModelFolder, read_model, scan
 
@@ -39,14 +41,14 @@ hotset: {gpu_memory: 50MiB, timeout: 5s}
 """
 
 
-def add(repository: Path, name: str, version: int = 1, config: str | None = None, file: str = "config.pbtxt") -> Path:
+def add(models: Path, name: str, version: int = 1, config: str | None = None, file: str = "config.pbtxt") -> Path:
     """A model with the classifier in it."""
-    folder = repository / name / str(version)
+    folder = models / name / str(version)
     folder.mkdir(parents=True)
     classifier(folder).rename(folder / "model.onnx")
     if config is not None:
-        (repository / name / file).write_text(config)
-    return repository / name
+        (models / name / file).write_text(config)
+    return models / name
 
 
 def problem_of(folder: ModelFolder) -> str:
@@ -280,6 +282,48 @@ def test_what_cannot_be_served_is_listed_with_the_reason(tmp_path: Path) -> None
             )
             assert "is no ONNX model" in states["bad/"][1]
             assert "--trust-pickle" in states["pickled/"][1]
+
+    run(story)
+
+
+def test_looking_goes_on_whatever_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = Served(tmp_path)
+    monkeypatch.setattr(repository, "LOOK_EVERY_S", 0.001)
+    mishaps = [OSError("the disk is full"), ConfigurationError("no such directory")]
+    seen = asyncio.Event()
+
+    async def look() -> None:
+        if mishaps:
+            raise mishaps.pop()
+        seen.set()
+
+    async def story() -> None:
+        async with served.world:
+            monkeypatch.setattr(served.repository, "look", look)
+            watching = asyncio.create_task(served.repository.watch())
+            await seen.wait()
+            watching.cancel()
+            await asyncio.wait([watching])
+        assert "no such directory" in caplog.text
+        assert "the disk is full" in caplog.text
+
+    run(story)
+
+
+def test_a_disk_that_takes_no_more_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    async def story() -> None:
+        async with served.world:
+            add(served.directory, "net")
+            monkeypatch.setattr(repository, "_write_entry", full)
+            await served.repository.look()
+            assert (await served.index())["net/"] == ("UNAVAILABLE", "no space left on device")
 
     run(story)
 

@@ -89,7 +89,7 @@ class V2Http:
         ]
         if record.gpu_id:
             headers.append((b"x-hotset-gpu", record.gpu_id.encode()))
-            headers.append((b"x-hotset-cache", b"hit" if record.hit else b"miss"))
+            headers.append((b"x-hotset-cache", b"hit" if record.hit else b"warm" if record.warm else b"miss"))
         if not answer.whole:
             headers.append((_LENGTH, b"%d" % len(answer.header)))
         parts = [answer.header, answer.binary] if not answer.whole else [answer.header]

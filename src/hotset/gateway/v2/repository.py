@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -59,7 +60,7 @@ class _Served(msgspec.Struct):
 
 
 class DirectoryRepository:
-    """The models of one directory. ``directory``: the repository; ``data``: where the code that serves it is put."""
+    """The models of one directory. ``data``: a folder of its own for the code that serves them; what is in it goes."""
 
     def __init__(self, directory: Path, data: Path, deployments: Deployments) -> None:
         self._directory = directory.resolve()
@@ -67,6 +68,8 @@ class DirectoryRepository:
         self._deployments = deployments
         self._models: dict[str, _Served] = {}
         self._turn = asyncio.Lock()
+        # What an earlier server left here is made again when it is wanted.
+        shutil.rmtree(self._data, ignore_errors=True)
         self._describing = asyncio.Semaphore(os.cpu_count() or 1)
 
     async def watch(self) -> None:
@@ -77,6 +80,8 @@ class DirectoryRepository:
                 await self.look()
             except HotsetError as error:
                 log.error("%s", error)
+            except Exception:
+                log.exception("the model repository could not be looked at")
 
     async def look(self) -> None:
         """Put in service what is new or changed, and take out what is gone. Raises ``ConfigurationError``."""
@@ -154,7 +159,7 @@ class DirectoryRepository:
             return
         try:
             described = {each.version: await self._describe(name, each) for each in folder.versions}
-        except HotsetError as error:
+        except (HotsetError, OSError) as error:
             self._complain(name, served, str(error))
             return
         self._put_in(name, served, described, fingerprints)
