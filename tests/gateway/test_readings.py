@@ -83,6 +83,7 @@ def test_a_recorded_trace_can_be_replayed(tmp_path):
         path.write_bytes(b"".join(trace(list(control.records), trace_header(control), control.started_s)))
         header = json.loads(path.read_text().splitlines()[0])
         assert header["models"]["cat"]["memory_bytes"] == 80 * MIB
+        assert (header["models"]["cat"]["max_batch"], header["models"]["cat"]["batch_marginal"]) == (1, 1.0)
         assert [each["gpu_id"] for each in header["gpus"]] == [GPU]
         rows = list(open_trace(path).rows())
         assert [each.function for each in rows] == ["cat", "dog", "cat"]

@@ -46,6 +46,13 @@ class TestJoining:
         world.loaded("g0")
         assert world.running("g0") == tuple(ids[:4])
 
+    def test_a_burst_never_hands_a_batching_function_more_than_it_takes(self):
+        models = [model("a", inference_s=0.01, max_batch=3)]
+        world = World("lb", gpus=(2.0,), models=models, config=SchedulerConfig(burst_s=1.0))
+        ids = [world.arrive("a") for _ in range(6)]
+        world.loaded("g0")
+        assert world.running("g0") == tuple(ids[:3])
+
     @pytest.mark.parametrize(("inference_s", "joined"), [(1e-6, 5), (0.0, 1)], ids=["at most so many", "no estimate"])
     def test_a_burst_is_bounded_in_number(self, inference_s: float, joined: int):
         models = [model("a", inference_s=inference_s)]

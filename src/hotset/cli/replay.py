@@ -6,6 +6,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 import click
@@ -30,6 +31,10 @@ from hotset.vocabulary import Gpu
 FIGURES = ("mean_latency_s", "p50_latency_s", "p95_latency_s", "p99_latency_s", "miss_ratio", "mean_queueing_s")
 
 
+_ONE_MOMENT_S = 10e-6
+"""Above what rounding to microseconds does to the start of a run, below what a run takes."""
+
+
 class Recording(msgspec.Struct, frozen=True):
     """A live trace: the server it was recorded on, and the answered calls of the GPU functions in service there."""
 
@@ -39,6 +44,15 @@ class Recording(msgspec.Struct, frozen=True):
     def functions(self) -> list[str]:
         """In order of first arrival."""
         return list(dict.fromkeys(row.function for row in self.rows))
+
+
+class BatchCost(msgspec.Struct, frozen=True):
+    """What runs of a batching function cost: a line over the number of calls."""
+
+    inference_s: float
+    """Of one call."""
+    marginal: float
+    """What each further call adds, as a share of that."""
 
 
 class Replayed(msgspec.Struct, frozen=True):
@@ -136,8 +150,8 @@ def hardware_of(
 ) -> Hardware:
     """The recorded cluster with its measured costs, or one with other GPUs.
 
-    A function's load time is the mean of its recorded loads; one that never loaded meanwhile costs what the server had
-    learned of it.
+    A function's load time is the mean of its recorded loads, a batching function's run time the line through its
+    recorded runs; of what was not seen meanwhile, what the server had learned.
     """
     known = list(recording.header.gpus)
     if gpus is not None:
@@ -154,17 +168,60 @@ def hardware_of(
     for name in recording.functions():
         learned = recording.header.models[name]
         load_s = sum(loads[name]) / len(loads[name]) if loads[name] else learned.load_s
+        runs = batch_cost(recording, name) if learned.max_batch > 1 else None
         costs[name] = ModelCost(
-            memory_bytes=learned.memory_bytes, load_s=load_s * load_scale, inference_s=learned.inference_s
+            memory_bytes=learned.memory_bytes,
+            load_s=load_s * load_scale,
+            inference_s=runs.inference_s if runs else learned.inference_s,
+            batch_marginal=runs.marginal if runs else learned.batch_marginal,
+            max_batch=learned.max_batch,
         )
     return Hardware(gpus=known, costs=costs)
 
 
+def batches_of(recording: Recording, function: str) -> list[list[TraceRow]]:
+    """The recorded calls by the run that answered them: those of one GPU whose run began at one moment."""
+    if recording.header.models[function].max_batch == 1:
+        return [[row] for row in recording.rows if row.function == function]
+    rows = sorted((row for row in recording.rows if row.function == function), key=_run_began)
+    batches: list[list[TraceRow]] = []
+    for row in rows:
+        gpu_id, began_s = _run_began(row)
+        if batches:
+            last_gpu_id, last_began_s = _run_began(batches[-1][-1])
+            if gpu_id == last_gpu_id and began_s - last_began_s < _ONE_MOMENT_S:
+                batches[-1].append(row)
+                continue
+        batches.append([row])
+    return batches
+
+
+def _run_began(row: TraceRow) -> tuple[str, float]:
+    return row.gpu_id, row.arrival_s + row.queue_s + row.load_s
+
+
+def batch_cost(recording: Recording, function: str) -> BatchCost | None:
+    """The line, by least squares, through the recorded runs; None where all had the same number of calls."""
+    runs = [(len(batch), max(row.inference_s or 0.0 for row in batch)) for batch in batches_of(recording, function)]
+    sizes, seconds = [size for size, _ in runs], [run_s for _, run_s in runs]
+    if len(set(sizes)) < 2:
+        return None
+    slope_s, base_s = linear_regression(sizes, seconds)
+    slope_s = max(0.0, slope_s)
+    one_s = base_s + slope_s
+    if one_s <= 0:
+        return None
+    return BatchCost(inference_s=one_s, marginal=min(1.0, slope_s / one_s))
+
+
 def arrivals_of(recording: Recording) -> Iterator[Arrival]:
-    """The recorded calls as the simulator's arrivals."""
+    """The recorded calls as the simulator's arrivals. How long a batch ran says little of a single call: where the
+    function batches, that is left to its line."""
     start_s = recording.rows[0].arrival_s
+    models = recording.header.models
     for row in recording.rows:
-        yield Arrival(row.arrival_s - start_s, row.function, row.inference_s)
+        inference_s = row.inference_s if models[row.function].max_batch == 1 else None
+        yield Arrival(row.arrival_s - start_s, row.function, inference_s)
 
 
 def simulated(
@@ -186,8 +243,10 @@ def measured(recording: Recording) -> RunMetrics:
         recorder.misses += not row.hit
         recorder.load_s += row.load_s
         recorder.inference_s += row.inference_s or 0.0
-        recorder.run_s += row.inference_s or 0.0
         recorder.finished(row.function, row.duration_s, max(end_s, recorder.last_end_s))
+    for function in recording.functions():
+        batches = batches_of(recording, function)
+        recorder.run_s += sum(max(row.inference_s or 0.0 for row in batch) for batch in batches)
     return recorder.result()
 
 

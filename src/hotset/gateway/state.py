@@ -11,7 +11,8 @@ from hotset.gateway.calls import CallRecord
 from hotset.gateway.control import Control
 from hotset.node.interface import ProcessReport
 from hotset.scheduling.journal import Explanation
-from hotset.vocabulary import Gpu
+from hotset.scheduling.profiles import Profiles
+from hotset.vocabulary import Gpu, Model
 
 TRACE_VERSION = 1
 
@@ -97,6 +98,10 @@ class TracedModel(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     load_s: float
     inference_s: float
+    """Of a run of one call."""
+    max_batch: int = 1
+    batch_marginal: float = 1.0
+    """What each further call of a batch adds to a run, as a share of ``inference_s``."""
 
 
 class TraceHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,14 +224,21 @@ def trace_header(control: Control) -> TraceHeader:
         burst_s=scheduler.config.burst_s,
         gpus=gpus,
         models={
-            version.function: TracedModel(
-                memory_bytes=cluster.models[version.model].memory_bytes,
-                load_s=profiles.load_s(version.model, kind),
-                inference_s=profiles.inference_s(version.model, kind),
-            )
+            version.function: _traced_model(cluster.models[version.model], profiles, kind)
             for version in control.functions.current.values()
             if version.model in cluster.models
         },
+    )
+
+
+def _traced_model(model: Model, profiles: Profiles, kind: str) -> TracedModel:
+    one_s, two_s = (profiles.inference_s(model.name, kind, batch) for batch in (1, 2))
+    return TracedModel(
+        memory_bytes=model.memory_bytes,
+        load_s=profiles.load_s(model.name, kind),
+        inference_s=one_s,
+        max_batch=model.max_batch,
+        batch_marginal=min(1.0, (two_s - one_s) / one_s) if one_s else 1.0,
     )
 
 

@@ -259,7 +259,7 @@ class Scheduler:
     def _join(self, gpu: GpuState, model: str, entries: list[Entry], now_s: float) -> None:
         """Waiting requests for the model that a GPU is about to run may run with it."""
         limit = self.cluster.models[model].max_batch
-        if self._burst_s:
+        if self._burst_s and limit == 1:  # a batching function is never given more than it says it takes
             one_s = self.cluster.inference_s(model, gpu)
             limit = max(limit, min(self.config.max_burst, int(self._burst_s / one_s) if one_s else limit))
         queue = self.cluster.queue

@@ -26,6 +26,8 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     """One run of one request."""
     batch_marginal: float = 1.0
     """What each further request of a batch adds, as a share of ``inference_s``; 1: batching gains nothing."""
+    max_batch: int = 1
+    """Most requests that one run may join."""
 
     def run_s(self, batch: int) -> float:
         return self.inference_s * (1.0 + (batch - 1) * self.batch_marginal)
@@ -75,6 +77,7 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
             Model(
                 name=name,
                 memory_bytes=cost.memory_bytes,
+                max_batch=cost.max_batch,
                 profile=Profile(load_s=cost.load_s, inference_s=cost.inference_s),
             )
             for name, cost in self.costs.items()

@@ -1,0 +1,97 @@
+"""What ``hotset replay`` makes of a recording of functions that batch."""
+
+from __future__ import annotations
+
+import pytest
+
+from hotset.cli.replay import Recording, arrivals_of, batch_cost, batches_of, hardware_of, measured, simulated
+from hotset.gateway.state import TracedModel, TraceHeader, TraceRow
+from hotset.vocabulary import Gpu
+
+MIB = 1 << 20
+BASE_S, EACH_S = 0.08, 0.02
+"""A run of n calls takes ``BASE_S + n * EACH_S``."""
+
+
+def recorded(*sizes: int, max_batch: int = 8) -> Recording:
+    """Runs of so many calls, each begun as the one before ends; each call came a second before its run."""
+    rows, now_s = [], 1.0
+    for size in sizes:
+        run_s = BASE_S + size * EACH_S
+        for number in range(size):
+            waited_s = 1.0 - number * 1e-3
+            rows.append(
+                TraceRow(
+                    arrival_s=round(now_s - waited_s, 6),
+                    function="f",
+                    inference_s=run_s,
+                    status=200,
+                    gpu_id="local/virtual:0",
+                    hit=True,
+                    queue_s=round(waited_s, 6),
+                    duration_s=waited_s + run_s,
+                )
+            )
+        now_s += run_s
+    header = TraceHeader(
+        recorded_from_unix_s=0.0,
+        policy="lb",
+        eviction="lru",
+        burst_s=0.0,
+        gpus=[Gpu(gpu_id="local/virtual:0", memory_bytes=200 * MIB)],
+        models={
+            "f": TracedModel(
+                memory_bytes=100 * MIB, load_s=0.5, inference_s=0.3, max_batch=max_batch, batch_marginal=0.5
+            )
+        },
+    )
+    return Recording(header, sorted(rows, key=lambda row: row.arrival_s))
+
+
+def test_calls_that_began_together_on_one_gpu_were_one_run() -> None:
+    recording = recorded(3, 1, 8)
+
+    assert [len(batch) for batch in batches_of(recording, "f")] == [3, 1, 8]
+    assert measured(recording).gpu_utilisation * measured(recording).makespan_s == pytest.approx(
+        3 * BASE_S + 12 * EACH_S, rel=0.01
+    )
+
+
+def test_the_cost_of_a_batch_is_the_line_through_the_recorded_runs() -> None:
+    cost = batch_cost(recorded(3, 1, 8, 2), "f")
+
+    assert cost is not None
+    assert cost.inference_s == pytest.approx(BASE_S + EACH_S)
+    assert cost.marginal == pytest.approx(EACH_S / (BASE_S + EACH_S))
+    model = hardware_of(recorded(3, 1, 8, 2)).costs["f"]
+    assert model.run_s(8) == pytest.approx(BASE_S + 8 * EACH_S)
+    assert model.max_batch == 8
+
+
+def test_runs_of_one_size_tell_no_line_and_what_the_server_had_learned_is_taken() -> None:
+    assert batch_cost(recorded(4, 4), "f") is None
+    model = hardware_of(recorded(4, 4)).costs["f"]
+
+    assert (model.inference_s, model.batch_marginal) == (0.3, 0.5)
+
+
+def test_a_replay_joins_waiting_calls_as_the_server_did() -> None:
+    """Ten calls at once on one GPU: eight in one run, two in the next."""
+    recording = recorded(1, 3)
+    rows = [TraceRow(arrival_s=0.0, function="f", inference_s=9.9, status=200, gpu_id="x") for _ in range(11)]
+    crowd = Recording(recording.header, rows)
+    hardware = hardware_of(recording)
+    assert [arrival.inference_s for arrival in arrivals_of(crowd)] == [None] * 11
+
+    metrics = simulated(crowd, hardware, "lb", "lru")
+
+    run_s = hardware.costs["f"].run_s
+    assert metrics.makespan_s == pytest.approx(0.5 + run_s(8) + run_s(3))
+    assert metrics.miss_ratio == pytest.approx(1 / 11)
+
+
+def test_a_call_of_a_function_that_does_not_batch_takes_as_long_as_it_did() -> None:
+    recording = recorded(1, 1, max_batch=1)
+
+    assert [arrival.inference_s for arrival in arrivals_of(recording)] == [pytest.approx(BASE_S + EACH_S)] * 2
+    assert len(batches_of(recording, "f")) == 2
