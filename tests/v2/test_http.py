@@ -26,9 +26,13 @@ def test_a_client_finds_the_server_and_its_models_and_calls_one(tmp_path: Path) 
             server = (await world.http.get("/v2")).json()
             assert server["name"] == "hotset"
             assert "binary_tensor_data" in server["extensions"]
+            assert (await world.http.get("/v2/health/live")).json() == {"live": True}
+            assert (await world.http.get("/v2/health/ready")).json() == {"ready": True}
+            assert (await world.http.get("/v2/models/scale/ready")).json() == {"name": "scale", "ready": True}
+            world.control.accepting = False
+            assert (await world.http.get("/v2/health/ready")).status_code == 503
             assert (await world.http.get("/v2/health/live")).status_code == 200
-            assert (await world.http.get("/v2/health/ready")).status_code == 200
-            assert (await world.http.get("/v2/models/scale/ready")).status_code == 200
+            world.control.accepting = True
             assert (await world.http.get("/v2/models/scale")).json() == {
                 "name": "scale",
                 "versions": ["1"],

@@ -155,15 +155,16 @@ class V2Http:
     async def _server(self, variables: list[str], body: bytes) -> Any:
         return self._service.server_metadata()
 
-    async def _health(self, variables: list[str], body: bytes) -> None:
+    async def _health(self, variables: list[str], body: bytes) -> Any:
         if variables == ["ready"] and (problem := self._service.problem()) is not None:
             raise Refusal(503, problem)
+        return {variables[0]: True}
 
     async def _metadata(self, variables: list[str], body: bytes) -> Any:
         return self._service.models.metadata(*variables)
 
-    async def _model_ready(self, variables: list[str], body: bytes) -> None:
-        self._service.models.find(*variables)
+    async def _model_ready(self, variables: list[str], body: bytes) -> Any:
+        return {"name": self._service.models.find(*variables).name, "ready": True}
 
     async def _model_config(self, variables: list[str], body: bytes) -> Any:
         return self._service.models.configuration(*variables)
