@@ -13,7 +13,7 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "openfaas"))
 
-from kill_and_restart import kill_in_the_middle  # noqa: E402
+from kill_and_restart import kill_in_the_middle
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -121,14 +122,17 @@ def kill_in_the_middle(folder: Path, calls: int, within_s: float = 120.0) -> Out
     with receiving() as receiver:
         with serving(folder / "data", **settings) as (client, process):
             push_and_deploy(client, folder, "cat", "cat")
-            for number in range(calls):
+
+            def send(number: int) -> str:
                 reply = client.post(
                     "/async-function/cat", content=PAYLOAD % number, headers={"x-callback-url": receiver.url}
                 )
                 assert reply.status_code == 202, reply.text
-                accepted.add(reply.headers["x-call-id"])
-                if number == calls * 3 // 4:
-                    assert receiver.wait_for(calls // 10, within_s)
+                return str(reply.headers["x-call-id"])
+
+            with ThreadPoolExecutor(8) as clients:
+                accepted.update(clients.map(send, range(calls)))
+            assert receiver.wait_for(calls // 10, within_s)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             before_kill = len(receiver.seen)
