@@ -201,9 +201,12 @@ class TestCopies:
         world = hotset_world(gpus=(1.0, 1.0))
         for _ in range(10):
             warm(world, "a", "b")
-        for _ in range(6):
+        for _ in range(7):
             world.arrive("a")
         assert loads(world) == [("g0", "a"), ("g1", "b")]
+        for _ in range(7):
+            world.arrive("a")
+        assert loads(world) == [("g0", "a"), ("g1", "b"), ("g1", "a")], "until it is"
 
     def test_loads_and_runs_that_cost_nothing_divide_nothing_by_zero(self):
         free = [model(name, load_s=0.0, inference_s=0.0) for name in "ab"]

@@ -20,7 +20,7 @@ from hotset.scheduling.rates import ArrivalRates
 if TYPE_CHECKING:
     from hotset.scheduling.cluster import Cluster, GpuState
 
-HORIZON_S = 8.0
+HORIZON_S = 6.0
 """How far ahead the use of a further copy is counted. Beyond it the queue will look different: decide again then."""
 LAST_HORIZON_S = 12.0
 """The same for a model's last copy."""
@@ -226,11 +226,10 @@ def _by_price(priced: PricedResident) -> float:
 def _cheap(ranked: Sequence[PricedResident], missing_bytes: int) -> list[PricedResident]:
     """From the cheapest on until there is room, less those that prove not to be needed, the dearest first."""
     chosen: list[PricedResident] = []
-    for one in ranked:
-        chosen.append(one)
-        missing_bytes -= one.resident.memory_bytes
-        if missing_bytes <= 0:
-            break
+    cheapest = iter(ranked)
+    while missing_bytes > 0:
+        chosen.append(next(cheapest))
+        missing_bytes -= chosen[-1].resident.memory_bytes
     for one in chosen[-2::-1]:
         if missing_bytes + one.resident.memory_bytes <= 0:
             chosen.remove(one)

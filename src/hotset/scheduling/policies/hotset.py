@@ -26,7 +26,7 @@ MOST_HELPED = 16
 """Requests of one line for which the use of a further copy is worked out."""
 HEAD_START_S = 2.0
 """Added to a line's age: a young line of many requests is worth a load before an old line of one."""
-GPU_TIME_PRICE = 0.4
+GPU_TIME_PRICE = 0.3
 """Waiting that a second of an idle GPU's time, spent on a load that could be done without, causes elsewhere."""
 CROWDING = 8.0
 """How much dearer that time gets for each request, per GPU, that waits for a model that no GPU holds."""
