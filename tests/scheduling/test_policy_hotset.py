@@ -351,6 +351,29 @@ class TestPrices:
         world.finish("g1", inference_s=0.1)
         assert world.doing("g1") == "loading c"
 
+    def test_it_does_not_wait_for_a_gpu_that_is_no_cheaper(self):
+        world = hotset_world(gpus=(1.0, 1.0))
+        for _ in range(5):
+            warm(world, "a", "b")
+        world.arrive("b")
+        world.arrive("c")
+        assert world.doing("g0") == "loading c"
+
+    def test_a_price_from_before_a_copy_was_lost_does_not_count(self):
+        world = hotset_world(gpus=(1.0, 1.0))
+        policy, world.scheduler.policy = world.scheduler.policy, make_policy("lb")
+        for name in "aa":
+            world.arrive(name)
+        world.drain()
+        world.scheduler.policy = policy
+        cluster = world.scheduler.cluster
+        memory = cluster.gpus["g0"].memory
+        second = cluster.cache.eviction.price_s(memory, 1, world.now_s)
+        world.lose("g1")
+        assert cluster.cache.eviction.price_s(memory, 1, world.now_s) == second, "an estimate may be a little old"
+        world.arrive("b")
+        assert cluster.prices._gpus["g0"].priced is None or "a" not in memory.residents
+
     def test_it_does_not_wait_for_a_gpu_that_others_wait_for(self):
         world = hotset_world(gpus=(1.0, 1.0), models=(model("busy"), model("rare", inference_s=0.1), model("c")))
         for _ in range(12):
