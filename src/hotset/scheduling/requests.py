@@ -74,8 +74,11 @@ class OpenRequests:
             if entry.place is not Place.ASSIGNED and (name is None or entry.model == name)
         ]
 
-    def retry(self, entry: Entry, avoid_gpu: str) -> None:
-        """Once more, on another GPU than that one if there is one."""
+    def retry(self, entry: Entry, avoid_gpu: str, now_s: float) -> None:
+        """Once more, on another GPU than that one if there is one; not if it is too late to start."""
+        if entry.request.deadline_s is not None and entry.request.deadline_s <= now_s:
+            self.reject(entry, self._admission.late(entry.request, now_s), now_s)
+            return
         entry.avoid_gpu = avoid_gpu
         entry.place = Place.RETRY
         self.retries.append(entry)

@@ -430,7 +430,7 @@ class Scheduler:
             if too_large:
                 self._requests.reject(entry, self._admission.too_large(name), now_s)
             elif again and entry.attempts < self.config.max_attempts:
-                self._requests.retry(entry, loss.avoid_gpu)
+                self._requests.retry(entry, loss.avoid_gpu, now_s)
             else:
                 self._requests.reject(entry, Refusal(RejectReason.FAILED, loss.reason), now_s)
         self._forget_if_gone(name)
