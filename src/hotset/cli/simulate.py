@@ -137,6 +137,20 @@ def _working_set(text: str) -> int | None:
 @click.option("--load", metavar="TIME", help="Load time of every model (its fixed part, with --bandwidth).")
 @click.option("--bandwidth", metavar="SIZE", help="Bytes a second that a load copies, such as 12GB.")
 @click.option("--inference", metavar="TIME", help="Run time of every model.")
+@click.option("--max-batch", type=click.IntRange(min=1), help="Most requests of one function that share a run.")
+@click.option(
+    "--batch-marginal",
+    type=click.FloatRange(min=0),
+    help="What each further request adds to a run, as a share of the first; with --max-batch.",
+)
+@click.option(
+    "--deadline", metavar="TIME", help="Within which each request is to be answered; those that cannot are rejected."
+)
+@click.option(
+    "--host-memory", metavar="SIZE", help="Host memory for models that left a GPU, all GPUs together; default: none."
+)
+@click.option("--copy-bandwidth", metavar="SIZE", help="Bytes a second between host memory and a GPU; default: 24GB.")
+@click.option("--overlap/--no-overlap", default=False, show_default=True, help="GPUs load and compute at once.")
 @click.option(
     "--models",
     "models_path",
@@ -214,6 +228,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     load: str | None
     bandwidth: str | None
     inference: str | None
+    max_batch: int | None
+    batch_marginal: float | None
+    deadline: str | None
+    host_memory: str | None
+    copy_bandwidth: str | None
+    overlap: bool
     models_path: Path | None
     fails: tuple[str, ...]
     no_baseline: bool
@@ -225,6 +245,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 def experiment(options: Options) -> ExperimentSpec:
     """What the options ask for. Raises ``ConfigurationError`` for those that do not go together."""
     base = preset(options.preset_name)
+    if (options.max_batch is None) != (options.batch_marginal is None):
+        raise ConfigurationError("--max-batch and --batch-marginal go together: give both or neither")
     if options.trace_path is None:
         workloads: list[Workload] = _synthetic(options, base)
     else:
@@ -237,6 +259,11 @@ def experiment(options: Options) -> ExperimentSpec:
             else parse_bytes(options.gpu_memory, "--gpu-memory")
         ),
         models=_models(options),
+        max_batch=options.max_batch or 1,
+        batch_marginal=1.0 if options.batch_marginal is None else options.batch_marginal,
+        host_memory_bytes=parse_bytes(options.host_memory, "--host-memory") if options.host_memory else 0,
+        copy_bytes_per_s=_bandwidth(options.copy_bandwidth, "--copy-bandwidth") or base.cluster.copy_bytes_per_s,
+        overlap=options.overlap,
     )
     return ExperimentSpec(
         workloads=workloads,
@@ -248,6 +275,7 @@ def experiment(options: Options) -> ExperimentSpec:
         seeds=options.seeds,
         first_seed=options.first_seed,
         faults=[_fault(text, cluster.gpus) for text in options.fails],
+        deadline_s=None if options.deadline is None else parse_duration(options.deadline, "--deadline"),
         baseline=not options.no_baseline,
     )
 
@@ -351,14 +379,22 @@ def _models(options: Options) -> dict[str, ModelCost] | ModelCost | None:
         raise ConfigurationError("equal models need --model-memory, --inference and one of --load and --bandwidth")
     memory_bytes = parse_bytes(options.model_memory, "--model-memory")
     load_s = parse_duration(options.load, "--load") if options.load else 0.0
-    if options.bandwidth:
-        bandwidth = parse_bytes(options.bandwidth, "--bandwidth")
-        if not bandwidth:
-            raise ConfigurationError("--bandwidth must be above 0")
+    bandwidth = _bandwidth(options.bandwidth, "--bandwidth")
+    if bandwidth is not None:
         load_s += memory_bytes / bandwidth
     return ModelCost(
         memory_bytes=memory_bytes, load_s=load_s, inference_s=parse_duration(options.inference, "--inference")
     )
+
+
+def _bandwidth(text: str | None, option: str) -> int | None:
+    """Bytes a second; None: not given."""
+    if text is None:
+        return None
+    bandwidth = parse_bytes(text, option)
+    if not bandwidth:
+        raise ConfigurationError(f"{option} must be above 0")
+    return bandwidth
 
 
 def read_models(path: Path) -> dict[str, ModelCost]:
@@ -385,4 +421,8 @@ def _about(spec: ExperimentSpec, options: Options) -> str:
     memory = format_bytes(cluster.gpu_memory_bytes)
     source = f"trace {options.trace_path.name} ({first.name})" if options.trace_path else f"synthetic, {first.name}"
     seeds = f"{spec.seeds} seed{'s' if spec.seeds > 1 else ''}"
+    if cluster.host_memory_bytes:
+        memory += f", {format_bytes(cluster.host_memory_bytes)} on the host"
+    if cluster.overlap:
+        memory += ", loads overlap"
     return f"{cluster.gpus} GPUs with {memory} each; {source}; {seeds} from {spec.first_seed}"

@@ -1,7 +1,8 @@
 """The simulator: virtual time around the scheduling core.
 
 It plays the world's part: it hands arrivals and completions to the Scheduler in order of time and carries the actions
-out by asking the hardware profile how long they take. It decides nothing.
+out by asking the hardware profile how long they take. It decides nothing. Each GPU has two lanes, one that computes and
+one that copies (loads, restores, offloads), each of which does one thing at a time, in order.
 """
 
 from __future__ import annotations
@@ -13,13 +14,24 @@ from heapq import heappop, heappush
 import msgspec
 
 from hotset.errors import ConfigurationError, InvariantError
-from hotset.scheduling.actions import Action, Load, Reject, Run, Unload
-from hotset.scheduling.events import Event, GpuJoined, GpuLost, ModelAdded, ModelLoaded, RequestArrived, RunFinished
+from hotset.scheduling.actions import Action, Load, Offload, Reject, Restore, Run, Unload
+from hotset.scheduling.events import (
+    Event,
+    GpuJoined,
+    GpuLost,
+    ModelAdded,
+    ModelLoaded,
+    ModelOffloaded,
+    ModelRestored,
+    RequestArrived,
+    RunFinished,
+    TimeAdvanced,
+)
 from hotset.scheduling.scheduler import Scheduler
 from hotset.simulation.hardware import Hardware, ModelCost
 from hotset.simulation.metrics import Recorder, RunMetrics
 from hotset.simulation.workloads import Arrival
-from hotset.vocabulary import Gpu, Request
+from hotset.vocabulary import Gpu, RejectReason, Request
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -44,19 +56,34 @@ def _checked(faults: Sequence[Fault], gpus: Mapping[str, Gpu]) -> Sequence[Fault
 class Engine:
     """One run: one scheduler, one cluster, one stream of arrivals."""
 
-    def __init__(self, scheduler: Scheduler, hardware: Hardware, faults: Sequence[Fault] = ()) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        hardware: Hardware,
+        faults: Sequence[Fault] = (),
+        *,
+        deadline_s: float | None = None,
+    ) -> None:
+        """``deadline_s``: after its arrival, within which every request is to be answered; None: whenever."""
         self.scheduler = scheduler
         self.costs: Mapping[str, ModelCost] = hardware.costs
         self.gpus: dict[str, Gpu] = {gpu.gpu_id: gpu for gpu in hardware.gpus}
-        self.recorder = Recorder(hardware.costs, len(hardware.gpus))
+        tiers = scheduler.config.overlap or scheduler.config.host_memory_bytes > 0
+        self.recorder = Recorder(hardware.costs, len(hardware.gpus), tiers=tiers)
+        self.recorder.deadline_s = math.inf if deadline_s is None else deadline_s
+        self._deadline_s = deadline_s
         self.now_s = 0.0
         self._agenda: list[tuple[float, int, Event]] = []
         self._counter = 0
         self._open: dict[int, Arrival] = {}
         self._runs: dict[str, tuple[int, ...]] = {}
         """GPU id -> the requests of its newest run."""
-        self._due: dict[str, int] = {}
-        """GPU id -> number of the event that ends what it does now."""
+        self._copying_until_s: dict[str, float] = {}
+        """GPU id -> when its copy lane is free."""
+        self._parked: set[tuple[str, str]] = set()
+        """GPU id and model: what is in host memory."""
+        self._void_until: dict[str, int] = {}
+        """GPU id -> completions up to that number never come: it was lost."""
         for model in hardware.models():
             scheduler.handle(ModelAdded(model), 0.0)
         for gpu in hardware.gpus:
@@ -85,12 +112,18 @@ class Engine:
                 if progress is not None:
                     progress(self.now_s)
             arrival = next(upcoming, None)
+        while not self.scheduler.cluster.gpus and (deadline_s := self.scheduler.next_wakeup_s()) is not None:
+            # No event comes any more: what waits can only expire.
+            self.now_s = deadline_s
+            self._carry_out(self.scheduler.handle(TimeAdvanced(), deadline_s))
         if self._open and not self.scheduler.cluster.gpus:
             raise ConfigurationError(
                 f"every GPU failed and {len(self._open)} requests wait for ever; let one come back"
             )
         if self._open:
             raise InvariantError(f"{len(self._open)} requests never ended")
+        self.recorder.prefetches = self.scheduler.prefetches
+        self.recorder.useless_prefetches = self.scheduler.cache.useless_prefetches
         return self.recorder.result()
 
     def _arrive(self, request_id: int, arrival: Arrival) -> None:
@@ -98,27 +131,32 @@ class Engine:
         function = arrival.function
         self.recorder.arrived += 1
         self._open[request_id] = arrival
-        request = Request(request_id=request_id, model=function, arrival_s=now_s, caller=arrival.caller)
+        deadline_s = None if self._deadline_s is None else now_s + self._deadline_s
+        request = Request(
+            request_id=request_id, model=function, arrival_s=now_s, deadline_s=deadline_s, caller=arrival.caller
+        )
         self._carry_out(self.scheduler.handle(RequestArrived(request), now_s))
 
     def _happen(self, item: tuple[float, int, Event]) -> None:
         self.now_s, number, event = item
         kind = type(event)
-        if kind is RunFinished or kind is ModelLoaded:
+        if kind is GpuLost:
+            self._lose(event.gpu_id)  # type: ignore[attr-defined]
+        elif kind is not GpuJoined:
             gpu_id: str = event.gpu_id  # type: ignore[attr-defined]
-            if self._due.get(gpu_id) != number:
-                return  # its GPU was lost meanwhile
+            if self._void_until and number <= self._void_until.get(gpu_id, 0):
+                return
             if kind is RunFinished:
                 now_s, opened, recorder = self.now_s, self._open, self.recorder
                 for request_id in self._runs[gpu_id]:
                     arrival = opened.pop(request_id)
                     recorder.finished(arrival.function, now_s - arrival.time_s, now_s)
-        elif isinstance(event, GpuLost):
-            self._lose(event.gpu_id)
         self._carry_out(self.scheduler.handle(event, self.now_s))
 
     def _lose(self, gpu_id: str) -> None:
-        self._due.pop(gpu_id, None)
+        self._void_until[gpu_id] = self._counter
+        self._copying_until_s.pop(gpu_id, None)
+        self._parked = {place for place in self._parked if place[0] != gpu_id}
         for model in self.scheduler.cache.memory(gpu_id).residents:
             self.recorder.tallies[model].change_copies(-1, self.now_s)
 
@@ -130,20 +168,52 @@ class Engine:
                 recorder.run_s += inference_s
                 recorder.inference_s += inference_s * len(action.request_ids)
                 self._runs[action.gpu_id] = action.request_ids
-                self._start(action.gpu_id, now_s + inference_s, RunFinished(action.gpu_id, action.model, inference_s))
+                event = RunFinished(action.gpu_id, action.model, inference_s)
+                self._schedule(now_s + inference_s, event)
             elif type(action) is Load:
                 load_s = self.costs[action.model].load_s
                 recorder.misses += 1
                 recorder.false_misses += action.false_miss
-                recorder.load_s += load_s
                 recorder.tallies[action.model].change_copies(1, now_s)
-                self._start(action.gpu_id, now_s + load_s, ModelLoaded(action.gpu_id, action.model, load_s))
+                self._copy(action.gpu_id, load_s, ModelLoaded(action.gpu_id, action.model, load_s))
             elif type(action) is Unload:
                 recorder.evictions += 1
-                recorder.tallies[action.model].change_copies(-1, now_s)
+                if (action.gpu_id, action.model) in self._parked:
+                    self._parked.remove((action.gpu_id, action.model))
+                else:
+                    recorder.tallies[action.model].change_copies(-1, now_s)
             elif type(action) is Reject:
                 recorder.rejected += 1
+                recorder.expired += action.reason is RejectReason.DEADLINE
                 del self._open[action.request_id]
+            elif type(action) is Restore:
+                self._restore(action)
+            elif type(action) is Offload:
+                self._offload(action)
+
+    def _restore(self, action: Restore) -> None:
+        gpu_id, model, cost = action.gpu_id, action.model, self.costs[action.model]
+        restore_s = cost.load_s if cost.restore_s is None else cost.restore_s
+        self.recorder.misses += 1
+        self.recorder.restores += 1
+        self.recorder.tallies[model].change_copies(1, self.now_s)
+        self._parked.remove((gpu_id, model))
+        self._copy(gpu_id, restore_s, ModelRestored(gpu_id, model, restore_s))
+
+    def _offload(self, action: Offload) -> None:
+        gpu_id, model, cost = action.gpu_id, action.model, self.costs[action.model]
+        self.recorder.offloads += 1
+        self.recorder.tallies[model].change_copies(-1, self.now_s)
+        self._parked.add((gpu_id, model))
+        event = ModelOffloaded(gpu_id, model, cost.offload_s, cost.residue_bytes, cost.memory_bytes)
+        self._copy(gpu_id, cost.offload_s, event)
+
+    def _copy(self, gpu_id: str, seconds: float, event: Event) -> None:
+        """The next thing that the copy lane does."""
+        self.recorder.load_s += seconds
+        end_s = max(self.now_s, self._copying_until_s.get(gpu_id, 0.0)) + seconds
+        self._copying_until_s[gpu_id] = end_s
+        self._schedule(end_s, event)
 
     def _run_s(self, action: Run) -> float:
         """Duration of a run: the recorded one of its requests where the trace has it, else the profile's."""
@@ -154,10 +224,6 @@ class Engine:
             return cost.inference_s if len(ids) == 1 else cost.run_s(len(ids))
         rest = sum(self._open[request_id].inference_s or cost.inference_s for request_id in ids[1:])
         return recorded + rest * cost.batch_marginal
-
-    def _start(self, gpu_id: str, end_s: float, event: Event) -> None:
-        self._schedule(end_s, event)
-        self._due[gpu_id] = self._counter
 
     def _schedule(self, time_s: float, event: Event) -> None:
         self._counter += 1

@@ -20,14 +20,17 @@ from hotset.errors import ConfigurationError, NodeError, TraceError, UnknownName
 from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.policies import make_policy
 from hotset.scheduling.policies.interface import PolicySettings
-from hotset.scheduling.scheduler import Scheduler
+from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
 from hotset.simulation.bounds import Yardsticks, yardsticks
 from hotset.simulation.engine import Engine, Fault
 from hotset.simulation.hardware import (
+    COPY_BYTES_PER_S,
     PAPER_GPU_MEMORY_BYTES,
     PAPER_GPUS,
     Hardware,
     ModelCost,
+    batching,
+    copied,
     make_gpus,
     paper_costs,
     scaled,
@@ -56,6 +59,16 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_bytes: int = PAPER_GPU_MEMORY_BYTES
     models: Mapping[str, ModelCost] | ModelCost | None = None
     """A table by function; one cost for all functions; None: the paper's 22 architectures, dealt out by the seed."""
+    max_batch: int = 1
+    """Most requests of one function that a run may join."""
+    batch_marginal: float = 1.0
+    """What each further request of a batch adds to a run, as a share of the first."""
+    host_memory_bytes: int = 0
+    """Of the one node that all GPUs are on, for models that left a GPU; 0: they are unloaded."""
+    copy_bytes_per_s: float = COPY_BYTES_PER_S
+    """Between host memory and a GPU, for models whose restore and offload times are not known."""
+    overlap: bool = False
+    """GPUs load and compute at the same time."""
 
     def hardware(self, functions: Sequence[str], seed: int, load_scale: float = 1.0) -> Hardware:
         """The cluster for these functions. Raises ``ConfigurationError`` when one has no cost, or none fits a GPU."""
@@ -69,6 +82,10 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
             if missing is not None:
                 raise ConfigurationError(f"the table of models has no row for function {missing!r}; add one")
             costs = {name: scaled(models[name], load_scale) for name in functions}
+        if self.host_memory_bytes:
+            costs = {name: copied(cost, self.copy_bytes_per_s) for name, cost in costs.items()}
+        if self.max_batch > 1:
+            costs = {name: batching(cost, self.max_batch, self.batch_marginal) for name, cost in costs.items()}
         smallest_bytes = min((cost.memory_bytes for cost in costs.values()), default=0)
         if smallest_bytes > self.gpu_memory_bytes:
             raise ConfigurationError(
@@ -102,6 +119,8 @@ class ExperimentSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How many: ``first_seed``, ``first_seed + 1``, ..."""
     first_seed: int = 0
     faults: Sequence[Fault] = ()
+    deadline_s: float | None = None
+    """After its arrival, within which each request is to be answered; one that cannot begin by then is rejected."""
     baseline: bool = True
     """Compare with LB and LRU even where they are not asked for (they are then run, but not listed)."""
 
@@ -112,6 +131,8 @@ class ExperimentSpec(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.seeds < 1:
             raise ConfigurationError(f"an experiment needs at least 1 seed, not {self.seeds}")
+        if self.deadline_s is not None and self.deadline_s <= 0:
+            raise ConfigurationError("a deadline must be above 0")
         if min(self.o3_limits) < 0 or min(self.load_scales) < 0:
             raise ConfigurationError("a load scale and an O3 limit must be 0 or more")
 
@@ -179,6 +200,7 @@ class _Case(msgspec.Struct, frozen=True, kw_only=True):
     variants: Sequence[Variant]
     seed: int
     faults: Sequence[Fault]
+    deadline_s: float | None
 
 
 def has_o3_limit(policy: str) -> bool:
@@ -210,7 +232,14 @@ def _cases(spec: ExperimentSpec) -> list[_Case]:
     for eviction in spec.evictions:
         make_eviction(eviction)
     return [
-        _Case(workload=workload, cluster=spec.cluster, variants=_all_variants(spec), seed=seed, faults=spec.faults)
+        _Case(
+            workload=workload,
+            cluster=spec.cluster,
+            variants=_all_variants(spec),
+            seed=seed,
+            faults=spec.faults,
+            deadline_s=spec.deadline_s,
+        )
         for workload in spec.workloads
         for seed in range(spec.first_seed, spec.first_seed + spec.seeds)
     ]
@@ -294,9 +323,10 @@ def _run(
     case: _Case, variant: Variant, arrivals: Iterable[Arrival], possible: Yardsticks, heard: Callable[[float], None]
 ) -> SeedRun:
     settings = PolicySettings() if variant.o3_limit is None else PolicySettings(o3_limit=variant.o3_limit)
-    scheduler = Scheduler(make_policy(variant.policy, settings), make_eviction(variant.eviction))
+    config = SchedulerConfig(host_memory_bytes=case.cluster.host_memory_bytes, overlap=case.cluster.overlap)
+    scheduler = Scheduler(make_policy(variant.policy, settings), make_eviction(variant.eviction), config)
     hardware = case.cluster.hardware(case.workload.functions, case.seed, variant.load_scale)
-    metrics = Engine(scheduler, hardware, case.faults).run(arrivals, heard)
+    metrics = Engine(scheduler, hardware, case.faults, deadline_s=case.deadline_s).run(arrivals, heard)
     return SeedRun(seed=case.seed, **msgspec.structs.asdict(metrics), **msgspec.structs.asdict(possible))
 
 
@@ -311,6 +341,7 @@ def expected_requests(workload: Workload) -> float:
 
 def _summary(workload: Workload, variant: Variant, runs: list[SeedRun], baseline: list[SeedRun] | None) -> RunResult:
     columns = {name: [getattr(run, name) for run in runs] for name in FIGURES}
+    columns = {name: values for name, values in columns.items() if None not in values}
     means: dict[str, Any] = {name: _mean(values) for name, values in columns.items()}
     return RunResult(
         **msgspec.structs.asdict(variant),

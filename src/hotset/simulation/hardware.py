@@ -28,6 +28,12 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     """What each further request of a batch adds, as a share of ``inference_s``; 1: batching gains nothing."""
     max_batch: int = 1
     """Most requests that one run may join."""
+    restore_s: float | None = None
+    """From host memory; None: ``copied`` has not been asked, and it takes as long as a load."""
+    offload_s: float = 0.0
+    """To host memory."""
+    residue_bytes: int = 0
+    """GPU memory that the process keeps while its weights are in host memory (a context)."""
 
     def run_s(self, batch: int) -> float:
         return self.inference_s * (1.0 + (batch - 1) * self.batch_marginal)
@@ -61,6 +67,8 @@ PAPER_MODELS: Mapping[str, ModelCost] = {
     "vgg16_bn": _paper(3907, 4.03, 1.26),
     "vgg19": _paper(3947, 4.07, 1.33),
 }
+COPY_BYTES_PER_S = 24e9
+"""Between pinned host memory and a GPU: PCIe 4.0 x16, of whose 31.5 GB/s about three quarters are reached."""
 PAPER_GPUS = 12
 PAPER_GPU_MEMORY_BYTES = 7800 * MIB
 
@@ -78,7 +86,7 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
                 name=name,
                 memory_bytes=cost.memory_bytes,
                 max_batch=cost.max_batch,
-                profile=Profile(load_s=cost.load_s, inference_s=cost.inference_s),
+                profile=Profile(load_s=cost.load_s, inference_s=cost.inference_s, restore_s=cost.restore_s),
             )
             for name, cost in self.costs.items()
         ]
@@ -114,6 +122,19 @@ def bandwidth_costs(
     load_s = (fixed_s + memory_bytes / bandwidth_bytes_per_s) * load_scale
     cost = ModelCost(memory_bytes=memory_bytes, load_s=load_s, inference_s=inference_s)
     return dict.fromkeys(functions, cost)
+
+
+def copied(cost: ModelCost, bandwidth_bytes_per_s: float) -> ModelCost:
+    """The same model, moved between host and GPU memory at that bandwidth unless its times are known."""
+    if cost.restore_s is not None:
+        return cost
+    copy_s = cost.memory_bytes / bandwidth_bytes_per_s
+    return msgspec.structs.replace(cost, restore_s=copy_s, offload_s=copy_s)
+
+
+def batching(cost: ModelCost, max_batch: int, marginal: float) -> ModelCost:
+    """The same model, of which one run takes so many requests, each further one adding that share of the first."""
+    return msgspec.structs.replace(cost, max_batch=max_batch, batch_marginal=marginal)
 
 
 def scaled(cost: ModelCost, load_scale: float) -> ModelCost:

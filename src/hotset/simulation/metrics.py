@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -9,7 +10,7 @@ import msgspec
 from hotset.simulation.sketch import LatencySketch
 
 
-class RunMetrics(msgspec.Struct, frozen=True, kw_only=True):
+class RunMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The figures of one run (one policy, one seed), or their means over seeds. Times are seconds, ratios 0 to 1.
 
     A latency is completion minus arrival; every request counts, those too that finish after the last arrival.
@@ -29,18 +30,18 @@ class RunMetrics(msgspec.Struct, frozen=True, kw_only=True):
     mean_queueing_s: float
     """Mean latency = queueing + load + inference. Queueing is all time in which nothing was done for the request."""
     mean_load_s: float
-    """All load time over all requests: a load delays the one request that caused it."""
+    """All load time (restores and offloads too) over all requests: a load delays the one request that caused it."""
     mean_inference_s: float
     throughput_per_s: float
     """Completed requests over the makespan."""
     miss_ratio: float
-    """Loads over requests."""
+    """Loads and restores over requests."""
     false_miss_ratio: float
     """Loads of a model that another GPU held at that moment, over requests."""
     gpu_utilisation: float
     """Share of all GPUs' time spent on inference, loads not counted (the paper's SM utilisation)."""
     gpu_busy: float
-    """The same with loads counted."""
+    """The same with loads, restores and offloads counted; may exceed 1 where they overlap with inference."""
     evictions: float
     top_model_copies: float
     """GPUs that hold, or load, the model with most requests: mean over time."""
@@ -48,6 +49,21 @@ class RunMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """The slowest function's mean latency over the mean latency of all requests; 1 is even."""
     makespan_s: float
     """Start to the last completion."""
+    goodput_per_s: float
+    """Requests that were answered within their deadline, over the makespan; without deadlines, the throughput."""
+    deadline_misses: float
+    """Requests that were answered too late, or rejected because no run could begin in time."""
+    rejected: float
+    """For whatever reason."""
+    restores: float | None = None
+    """Misses that only had to come back from host memory. This and what follows: None, and not in JSON, where there is
+    no host memory for models and no overlap."""
+    offloads: float | None = None
+    """Models that left a GPU for host memory."""
+    prefetches: float | None = None
+    """Loads and restores that were started before a GPU was free for the request."""
+    useless_prefetches: float | None = None
+    """Those whose model left again without a run."""
 
 
 class FunctionTally:
@@ -71,25 +87,38 @@ class FunctionTally:
 class Recorder:
     """Collects one run's figures as it goes."""
 
-    def __init__(self, functions: Mapping[str, object], gpus: int) -> None:
+    def __init__(self, functions: Mapping[str, object], gpus: int, *, tiers: bool = False) -> None:
         self.latency = LatencySketch()
         self.tallies = {name: FunctionTally() for name in functions}
         self.arrived = 0
         self.misses = 0
         self.false_misses = 0
         self.evictions = 0
+        self.restores = 0
+        self.offloads = 0
+        self.prefetches = 0
+        self.useless_prefetches = 0
         self.rejected = 0
+        self.deadline_s = math.inf
+        """Within which a request is to be answered."""
+        self.expired = 0
+        """Rejected because no run could begin in time."""
+        self.late = 0
+        """Answered after their deadline."""
         self.load_s = 0.0
         self.inference_s = 0.0
         self.run_s = 0.0
         self.last_end_s = 0.0
         self._gpus = gpus
+        self._tiers = tiers
+        """Whether there is anything to say of host memory and overlap."""
 
     def finished(self, function: str, latency_s: float, now_s: float) -> None:
         self.latency.add(latency_s)
         tally = self.tallies[function]
         tally.requests += 1
         tally.latency_s += latency_s
+        self.late += latency_s > self.deadline_s
         self.last_end_s = now_s
 
     def result(self) -> RunMetrics:
@@ -122,4 +151,11 @@ class Recorder:
             top_model_copies=top.copy_seconds / span_s,
             fairness=slowest_s / latency.mean if latency.mean else 1.0,
             makespan_s=self.last_end_s,
+            goodput_per_s=(latency.count - self.late) / span_s,
+            deadline_misses=self.late + self.expired,
+            rejected=self.rejected,
+            restores=self.restores if self._tiers else None,
+            offloads=self.offloads if self._tiers else None,
+            prefetches=self.prefetches if self._tiers else None,
+            useless_prefetches=self.useless_prefetches if self._tiers else None,
         )
