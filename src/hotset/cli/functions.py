@@ -14,6 +14,7 @@ import httpx
 from hotset.cli.options import gateway_option, json_option, print_rows
 from hotset.cli.output import write_json
 from hotset.cli.remote import Remote, ServerError, error_text
+from hotset.cli.watch import tier, transitions
 from hotset.errors import ConfigurationError
 from hotset.functions.units import format_bytes
 
@@ -69,10 +70,12 @@ def describe(name: str, gateway: str, as_json: bool) -> None:
     """Show everything about one function: its options, memory, schema and where it is hot."""
     with Remote(gateway) as remote:
         function = remote.function(name)
-    if as_json:
-        write_json(function)
-        return
+        states = remote.get("/system/state")["functions"]
     details = function["hotset"]
+    state = next((each for each in states if each["model"] == details["model"]), None)
+    if as_json:
+        write_json(function | {"state": state})
+        return
     rows = [
         ("function", function["name"]),
         ("version", details["model"]),
@@ -80,6 +83,7 @@ def describe(name: str, gateway: str, as_json: bool) -> None:
         ("runs on", details["kind"]),
         ("GPU memory", _memory(details)),
         ("hot on", ", ".join(details["gpus"]) or "no GPU now"),
+        *_state_rows(state),
         ("waiting", str(details["waiting"])),
         ("calls", str(function["invocationCount"])),
         ("max batch", str(details["max_batch"])),
@@ -95,6 +99,13 @@ def describe(name: str, gateway: str, as_json: bool) -> None:
     for key in ("envVars", "labels", "annotations"):
         rows += [(f"{key}: {name}", value) for name, value in function.get(key, {}).items()]
     print_rows(("", function["name"]), rows)
+
+
+def _state_rows(state: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Where it is and what moving it cost; nothing of a function that is not in service, or needs no GPU."""
+    if state is None or not (state["transitions"] or state["warm"]):
+        return []
+    return [("tier", tier(state)), ("warm on", ", ".join(state["warm"]) or "no GPU now"), *transitions(state)]
 
 
 @click.command()

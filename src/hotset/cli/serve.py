@@ -73,6 +73,17 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     help="Run on this many memory budgets on the CPU; 0: on this machine's CUDA GPUs.",
 )
 @click.option("--gpu-memory", metavar="SIZE", help="What models may use of each GPU, such as 7800MiB.")
+@click.option(
+    "--virtual-copy-bandwidth",
+    metavar="RATE",
+    help="How fast weights get to a virtual GPU, such as 12GB/s; default: at once.",
+)
+@click.option(
+    "--host-memory",
+    metavar="SIZE",
+    help="Where models that must leave a GPU wait to come back; default: half of what is free; 0: they are unloaded.",
+)
+@click.option("--overlap/--no-overlap", default=False, show_default=True, help="Load models while the GPU computes.")
 @click.option("--max-queue", default=10_000, show_default=True, type=click.IntRange(min=1), help="Most waiting calls.")
 @click.option("--max-queue-per-function", type=click.IntRange(min=1), help="Most waiting calls of one function.")
 @click.option("--burst", default="2ms", show_default=True, metavar="TIME", help="Calls this short share a run.")
@@ -126,6 +137,9 @@ def serve(
     eviction: str,
     virtual_gpus: int,
     gpu_memory: str | None,
+    virtual_copy_bandwidth: str | None,
+    host_memory: str | None,
+    overlap: bool,
     max_queue: int,
     max_queue_per_function: int | None,
     burst: str,
@@ -178,6 +192,9 @@ def serve(
         eviction=eviction,
         virtual_gpus=virtual_gpus,
         gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory is not None else None,
+        copy_bandwidth=_rate(virtual_copy_bandwidth),
+        host_memory_bytes=parse_bytes(host_memory, "--host-memory") if host_memory is not None else None,
+        overlap=overlap,
         max_queue=max_queue,
         max_queue_per_function=max_queue_per_function,
         burst_s=parse_duration(burst, "--burst"),
@@ -195,3 +212,13 @@ def serve(
             click.echo(f"hotset serves at {url} ({policy}, {eviction}). Next: hotset deploy FILE --gateway {url}")
 
     run_server(config, ready=ready)
+
+
+def _rate(text: str | None) -> float | None:
+    """Bytes a second: ``12GB/s``, or a bare size."""
+    if text is None:
+        return None
+    size = parse_bytes(text.removesuffix("/s"), "--virtual-copy-bandwidth")
+    if not size:
+        raise ConfigurationError("--virtual-copy-bandwidth must be more than 0, such as 12GB/s")
+    return float(size)

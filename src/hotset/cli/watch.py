@@ -52,11 +52,15 @@ def render_state(state: dict[str, Any]) -> RenderableType:
         f"hit ratio {'-' if ratio is None else f'{ratio:.1%}'}",
         style="bold" if state["healthy"] else "bold red",
     )
-    return Group(title, _gpus(state), _functions(state))
+    parts: list[RenderableType] = [title, _gpus(state), _functions(state)]
+    for host in state["hosts"]:
+        used, capacity = format_bytes(host["used_bytes"]), format_bytes(host["capacity_bytes"])
+        parts.append(Text(f"parked in the host memory of {host['node']}: {used} of {capacity}"))
+    return Group(*parts)
 
 
 def _gpus(state: dict[str, Any]) -> Table:
-    table = Table("GPU", "memory", "used", "busy", "runs", "resident, least recently used first", expand=True)
+    table = Table("GPU", "memory", "used", "busy", "runs", "hot, least recently used first", "warm", expand=True)
     for gpu in state["gpus"]:
         share = gpu["used_bytes"] / gpu["capacity_bytes"] if gpu["capacity_bytes"] else 0.0
         filled = round(share * BAR_WIDTH)
@@ -64,6 +68,7 @@ def _gpus(state: dict[str, Any]) -> Table:
             f"{_short(each['model'])} {format_bytes(each['memory_bytes'])}" + ("*" if each["in_use"] else "")
             for each in gpu["residents"]
         )
+        parked = ", ".join(f"{_short(each['model'])} {format_bytes(each['host_bytes'])}" for each in gpu["parked"])
         table.add_row(
             gpu["gpu_id"],
             "#" * filled + "." * (BAR_WIDTH - filled),
@@ -71,17 +76,44 @@ def _gpus(state: dict[str, Any]) -> Table:
             f"{gpu['busy_ratio']:.0%}",
             _short(gpu["running"] or "-"),
             residents or "nothing",
+            parked or "-",
         )
     return table
 
 
 def _functions(state: dict[str, Any]) -> Table:
-    table = Table("function", "waiting", "calls", "errors", "hits", "misses", "evictions", "mean latency", expand=True)
+    columns = ("function", "tier", "calls", "waiting", "errors", "hits", "warm", "misses", "latency", "load", "restore")
+    table = Table(*columns, expand=True)
     for each in sorted(state["functions"], key=lambda function: -function["requests"]):
         latency_s = each["mean_latency_s"]
-        counts = [str(each[key]) for key in ("waiting", "requests", "errors", "hits", "misses", "evictions")]
-        table.add_row(each["name"], *counts, "-" if latency_s is None else f"{latency_s * 1e3:.1f} ms")
+        counts = [str(each[key]) for key in ("requests", "waiting", "errors", "hits", "restores", "misses")]
+        medians = [_median(each["transitions"].get(name)) for name in ("load", "restore")]
+        latency = "-" if latency_s is None else _ms(latency_s)
+        table.add_row(each["name"], tier(each), *counts, latency, *medians)
     return table
+
+
+def tier(function: dict[str, Any]) -> str:
+    """Where a function of the state is, at best."""
+    return "hot" if function["hot"] else "warm" if function["warm"] else "cold"
+
+
+def _median(times: dict[str, Any] | None) -> str:
+    return "-" if times is None else _ms(times["median_s"])
+
+
+def transitions(function: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows that say what a function's changes of residency cost."""
+    rows = [
+        (name, f"last {_ms(times['last_s'])}, median {_ms(times['median_s'])} ({times['count']} times)")
+        for name, times in function["transitions"].items()
+    ]
+    parts = function["last_load"]
+    if parts is not None:
+        first_s = parts["first_run_s"]
+        spent = f"process {_ms(parts['process_s'])}, import {_ms(parts['import_s'])}, load {_ms(parts['load_s'])}"
+        rows.append(("last load", spent + (f", first run {_ms(first_s)}" if first_s is not None else "")))
+    return rows
 
 
 def _short(model: str) -> str:

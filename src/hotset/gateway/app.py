@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from hotset.functions.http_envelope import REQUEST
-from hotset.functions.runtime import V2_PREFIX
+from hotset.functions.codecs import V2
 from hotset.gateway.calls import CallRecord, Chunks, PendingCall, Receive, Result, StreamBroken
 from hotset.gateway.control import Control
 from hotset.gateway.openfaas.invocation import forwarded, is_process, is_response, opened, request_envelope
@@ -34,6 +34,7 @@ _NO_TIME = b"0.000000"
 _INTERNAL = (b"x-openfaas-internal", b"hotset")
 """On errors that the platform made: its client's code is not to blame, nor the function's."""
 _HIT = (b"x-hotset-cache", b"hit")
+_WARM = (b"x-hotset-cache", b"warm")
 _MISS = (b"x-hotset-cache", b"miss")
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _ALLOW = (b"allow", ", ".join(sorted(METHODS)).encode())
@@ -122,7 +123,7 @@ class Gateway:
         version = control.functions.current.get(function)
         if version is not None and is_process(version):
             body, content_type = self._envelope(scope, body), REQUEST
-        elif content_type.startswith(V2_PREFIX):
+        elif content_type.startswith(V2):
             raise BodyError(415, "inference requests of the v2 protocol go to /v2/models/NAME/infer")
         try:
             return control.submit(
@@ -250,7 +251,7 @@ class Gateway:
         ]
         if record.gpu_id:
             headers.append((b"x-hotset-gpu", record.gpu_id.encode()))
-            headers.append(_HIT if record.hit else _MISS)
+            headers.append(_HIT if record.hit else _WARM if record.warm else _MISS)
         return headers
 
 

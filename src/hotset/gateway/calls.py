@@ -31,10 +31,12 @@ class CallRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     gpu_id: str = ""
     """Empty: it never got to a GPU (a plain function, or a rejection)."""
     hit: bool = False
+    warm: bool = False
+    """Its model was parked in host memory and only had to be restored."""
     queue_s: float = 0.0
     """From arrival until its run began, less ``load_s``."""
     load_s: float = 0.0
-    """The load this very call caused; 0 for a hit."""
+    """The load or restore this very call caused; 0 for a hit."""
     inference_s: float = 0.0
     duration_s: float = 0.0
     """From arrival until its answer, or the last chunk of it, left the control loop."""
@@ -108,10 +110,11 @@ class PendingCall:
     run_s: float | None = None
     """When its run began; None: it waits."""
     load_began_s: float | None = None
-    """When the load it waits for, and caused, was decided."""
+    """When the load or restore it waits for, and caused, was decided."""
     load_s = 0.0
     gpu_id = ""
     hit = False
+    warm = False
     on_cpu = False
     """It was handed to the CPU pool: no GPU, no scheduler."""
     chunks: Chunks | None = None
@@ -133,8 +136,9 @@ class PendingCall:
         self.receive = receive
         """Where the client's leaving can be seen (ASGI); looked at only when the call takes long."""
 
-    def load_begins(self, gpu_id: str, now_s: float) -> None:
+    def load_begins(self, gpu_id: str, now_s: float, *, warm: bool = False) -> None:
         self.gpu_id = gpu_id
+        self.warm = warm
         self.load_began_s = now_s
 
     def run_begins(self, gpu_id: str, hit: bool, now_s: float) -> None:
@@ -157,6 +161,7 @@ class PendingCall:
             status=status,
             gpu_id=self.gpu_id,
             hit=self.hit,
+            warm=self.warm,
             queue_s=max(0.0, until_s - self.arrival_s - self.load_s),
             load_s=self.load_s,
             inference_s=inference_s,

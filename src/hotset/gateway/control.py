@@ -23,10 +23,11 @@ import msgspec
 from hotset.gateway.calls import CallIds, CallRecord, Chunks, PendingCall, Receive, Result
 from hotset.gateway.functions import Functions, Learned, Version, VersionSpec
 from hotset.gateway.logbook import Logbook, LogLine
+from hotset.gateway.orders import Orders
 from hotset.gateway.statuses import CLIENT_CLOSED, STATUS, STATUS_OF_FAILURE, WAIT_BEFORE_RETRY_S, error_body
 from hotset.node.cpu import CpuPool
 from hotset.node.interface import Answer, Call, Node
-from hotset.scheduling.actions import Load, Reject, Run, Unload
+from hotset.scheduling.actions import Reject
 from hotset.scheduling.events import (
     Event,
     GpuJoined,
@@ -34,7 +35,9 @@ from hotset.scheduling.events import (
     LoadFailed,
     ModelAdded,
     ModelLoaded,
+    ModelOffloaded,
     ModelRemoved,
+    ModelRestored,
     ProcessLost,
     RequestArrived,
     RequestCancelled,
@@ -43,7 +46,7 @@ from hotset.scheduling.events import (
     TimeAdvanced,
 )
 from hotset.scheduling.scheduler import Scheduler
-from hotset.vocabulary import FailureKind, Profile, RejectReason, Request
+from hotset.vocabulary import FailureKind, RejectReason, Request
 
 LOOK_AFTER_S = 0.1
 """How often calls that take long are looked at: has the client left, has the time it gave run out."""
@@ -93,6 +96,7 @@ class Control:
         """GPU id -> why it was lost."""
         self.nodes = nodes
         self._node_of: dict[str, Node] = {}
+        """GPU id -> its node."""
         self.cpu = cpu
         self._clock = clock
         self._unix_time = unix_time
@@ -102,6 +106,7 @@ class Control:
         """Every call that has not ended; for others to read."""
         self.open_body_bytes = 0
         """The bodies of these."""
+        self._orders = Orders(self.calls, self.functions, self._node_of, self.now_s)
         self._last_request_id = 0
         self._cpu_calls = 0
         self._failing: FailureKind | None = None
@@ -193,13 +198,8 @@ class Control:
         if version is None or version.calls or version.spec.scheduled is None:
             return False
         scheduled = self.scheduler.cluster.models.get(version.model, version.spec.scheduled)
-        kinds = [gpu.kind for gpu in self.scheduler.cluster.gpus.values()]
-        profiles = self.scheduler.profiles
-        if kinds and any(known.loads for known in version.learned.values()):
-            learned = Profile(
-                load_s=profiles.load_s(version.model, kinds[0]),
-                inference_s=profiles.inference_s(version.model, kinds[0]),
-            )
+        learned = version.profile(self.scheduler.profiles)
+        if learned is not None:
             scheduled = msgspec.structs.replace(scheduled, profile=learned)
         self._handle(ModelRemoved(version.model))
         self._handle(ModelAdded(scheduled))
@@ -382,16 +382,12 @@ class Control:
     def _handle(self, event: Event) -> None:
         """Tell the scheduler and do what it says. Never entered twice: a node reports later, not from inside a call."""
         for action in self.scheduler.handle(event, self._now()):
-            if type(action) is Run:
-                self._run(action)
-            elif type(action) is Load:
-                self._load(action)
-            elif type(action) is Unload:
-                self._unload(action)
-            elif type(action) is Reject:
+            if type(action) is Reject:
                 rejected = self.calls.get(action.request_id)
                 if rejected is not None:
                     self._reject(rejected, action.reason, action.message, action.retry_after_s)
+            else:
+                self._orders.carry_out(action)
         wakeup_s = self.scheduler.next_wakeup_s()
         if wakeup_s is not None and wakeup_s < self._wakeup_s:
             self._wakeup_s = wakeup_s
@@ -400,34 +396,6 @@ class Control:
     def _wake(self) -> None:
         self._wakeup_s = float("inf")
         self._handle(TimeAdvanced())
-
-    def _run(self, action: Run) -> None:
-        now_s = self._now()
-        gpu_id, hit = action.gpu_id, action.hit
-        calls: list[Call] = []
-        for request_id in action.request_ids:
-            pending = self.calls.get(request_id)
-            if pending is not None:
-                pending.run_begins(gpu_id, hit, now_s)
-                pending.version.metrics.hits += hit
-                calls.append(pending.call)
-            hit = True  # the ones that join a load's first run found the model there
-        self._node_of[gpu_id].run(gpu_id, action.model, calls)
-
-    def _load(self, action: Load) -> None:
-        version = self.functions.versions[action.model]
-        version.metrics.misses += 1
-        version.metrics.false_misses += action.false_miss
-        pending = self.calls.get(action.request_id)
-        if pending is not None:
-            pending.load_begins(action.gpu_id, self._now())
-        self._node_of[action.gpu_id].load(action.gpu_id, version.spec.launch)
-
-    def _unload(self, action: Unload) -> None:
-        version = self.functions.versions.get(action.model)
-        if version is not None:
-            version.metrics.evictions += 1
-        self._node_of[action.gpu_id].unload(action.gpu_id, action.model)
 
     # Node -> scheduler and clients (``NodeListener``)
 
@@ -444,6 +412,15 @@ class Control:
     ) -> None:
         log.warning("%s did not load on %s (%s): %s", model, gpu_id, kind.value, reason)
         self._handle_failure(kind, LoadFailed(gpu_id, model, kind, reason, memory_bytes))
+
+    def offloaded(self, gpu_id: str, model: str, offload_s: float, device_bytes: int, host_bytes: int) -> None:
+        self._handle(ModelOffloaded(gpu_id, model, offload_s, device_bytes, host_bytes))
+
+    def restored(self, gpu_id: str, model: str, restore_s: float, memory_bytes: int | None) -> None:
+        learned = self._learned(gpu_id, model)
+        if learned is not None:
+            learned.restores += 1
+        self._handle(ModelRestored(gpu_id, model, restore_s, memory_bytes))
 
     def answered(self, answer: Answer) -> None:
         pending = self.calls.get(answer.request_id)

@@ -9,7 +9,8 @@ import msgspec
 
 from hotset.gateway.metrics import FunctionMetrics
 from hotset.node.interface import LaunchSpec
-from hotset.vocabulary import Model
+from hotset.scheduling.profiles import Profiles
+from hotset.vocabulary import Model, Profile
 
 
 class VersionSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,9 +26,10 @@ class VersionSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Learned(msgspec.Struct):
-    """How often a version was loaded and run on one kind of GPU, and the most memory it took there."""
+    """How often a version was loaded, restored and run on one kind of GPU, and the most memory it took there."""
 
     loads: int = 0
+    restores: int = 0
     runs: int = 0
     memory_bytes: int | None = None
 
@@ -48,6 +50,17 @@ class Version:
         """Calls that have not ended."""
         self.retired = False
         """A newer version took over, or the function was removed: it goes when its calls have."""
+
+    def profile(self, profiles: Profiles) -> Profile | None:
+        """What it was seen to cost on the kind of GPU that loaded it most; None: it was never loaded."""
+        kind, known = max(self.learned.items(), key=lambda each: each[1].loads, default=("", Learned()))
+        if not known.loads:
+            return None
+        return Profile(
+            load_s=profiles.load_s(self.model, kind),
+            restore_s=profiles.restore_s(self.model, kind) if known.restores else None,
+            inference_s=profiles.inference_s(self.model, kind),
+        )
 
 
 class Functions:

@@ -1,8 +1,9 @@
 """Prometheus metrics. Counting is a few additions per call; all formatting happens when somebody scrapes.
 
 Exported (docs/operations.md): ``hotset_requests_total``, ``hotset_request_seconds``, ``hotset_queue_seconds_total``,
-``hotset_load_seconds_total``, ``hotset_inference_seconds_total``, ``hotset_hits_total``, ``hotset_misses_total``,
-``hotset_false_misses_total``, ``hotset_evictions_total`` and ``hotset_queue_length`` by function;
+``hotset_load_seconds_total``, ``hotset_inference_seconds_total``, ``hotset_hits_total``, ``hotset_restores_total``,
+``hotset_misses_total``, ``hotset_false_misses_total``, ``hotset_offloads_total``, ``hotset_evictions_total`` and
+``hotset_queue_length`` by function;
 ``hotset_gpu_memory_used_bytes``, ``hotset_gpu_memory_capacity_bytes`` and ``hotset_gpu_busy_ratio`` by GPU.
 """
 
@@ -47,7 +48,9 @@ class FunctionMetrics:
         "inference_s",
         "load_s",
         "misses",
+        "offloads",
         "queue_s",
+        "restores",
         "total",
     )
 
@@ -63,6 +66,8 @@ class FunctionMetrics:
         self.misses = 0
         self.false_misses = 0
         self.evictions = 0
+        self.restores = 0
+        self.offloads = 0
 
     def observe(self, record: CallRecord) -> None:
         """Count a call that ended."""
@@ -112,11 +117,13 @@ class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 _COUNTERS = (
     ("queue_s", "hotset_queue_seconds", "Seconds that calls waited for a GPU."),
-    ("load_s", "hotset_load_seconds", "Seconds spent loading models for the calls that caused the loads."),
+    ("load_s", "hotset_load_seconds", "Seconds spent on loads and restores for the calls that caused them."),
     ("inference_s", "hotset_inference_seconds", "Seconds spent in the function itself."),
     ("hits", "hotset_hits", "Calls that found their model in GPU memory."),
+    ("restores", "hotset_restores", "Calls whose model was parked in host memory and had to be restored."),
     ("misses", "hotset_misses", "Calls whose model had to be loaded."),
     ("false_misses", "hotset_false_misses", "Loads of a model that another GPU held at that moment."),
+    ("offloads", "hotset_offloads", "Times the function's model was parked in host memory to make room."),
     ("evictions", "hotset_evictions", "Times the function's model was unloaded to make room."),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hotset.gateway.control import Control
 from hotset.gateway.metrics import GpuMetrics
+from hotset.node.history import ModelHistory
 from hotset.node.interface import ProcessReport
 from hotset.store.datastore import ProfileRecord
 from hotset.vocabulary import Profile
@@ -59,6 +60,11 @@ def processes(control: Control) -> list[ProcessReport]:
     return of_nodes if control.cpu is None else of_nodes + control.cpu.processes()
 
 
+def histories(control: Control) -> dict[str, ModelHistory]:
+    """Model -> what its loads, restores, offloads and unloads cost; of several nodes, the last that had it."""
+    return {model: history for node in control.nodes for model, history in node.history().items()}
+
+
 def smallest_gpu_bytes(control: Control) -> int:
     """What every GPU can hold: the reservation for a first load whose size nobody declared."""
     return min((gpu.memory.capacity_bytes for gpu in control.scheduler.cluster.gpus.values()), default=0)
@@ -73,12 +79,15 @@ def learned(control: Control) -> list[ProfileRecord]:
         declared = scheduled.profile if scheduled is not None else Profile()
         for kind, known in version.learned.items():
             ran = known.runs > 0 or declared.inference_s is not None
+            restored = known.restores > 0 or declared.restore_s is not None
             records.append(
                 ProfileRecord(
                     model=version.model,
                     gpu_kind=kind,
                     load_s=profiles.load_s(version.model, kind),
                     loads=known.loads,
+                    restore_s=profiles.restore_s(version.model, kind) if restored else None,
+                    restores=known.restores,
                     inference_s=profiles.inference_s(version.model, kind) if ran else None,
                     runs=known.runs,
                     memory_bytes=known.memory_bytes,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+import psutil  # type: ignore[import-untyped]
 import uvloop
 
 from hotset.errors import StoreError
@@ -20,6 +21,7 @@ from hotset.gateway.deployments import Deployments
 from hotset.gateway.listener import Listener, bind
 from hotset.gateway.openfaas.service import AccessConfig, system_front
 from hotset.gateway.v2.front import V2Config, v2_front
+from hotset.gateway.v2_operations import V2_OPERATIONS
 from hotset.node.cpu import CpuPool
 from hotset.node.interface import Node
 from hotset.node.manager import LocalNode
@@ -55,6 +57,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """0: this machine's CUDA GPUs."""
     gpu_memory_bytes: int | None = None
     """What models may use of each GPU; None: what is free (virtual GPUs have no such figure)."""
+    copy_bandwidth: float | None = None
+    """Bytes a second of each virtual GPU's modelled bus; None: copies there take no time."""
+    host_memory_bytes: int | None = 0
+    """What models that left a GPU may take of each node's memory while they wait to come back; None: half of what is
+    free at the start; 0: they are unloaded."""
+    overlap: bool = False
+    """Whether models are loaded while their GPU computes."""
     max_queue: int = 10_000
     """Most calls that wait; one more gets a 429."""
     max_queue_per_function: int | None = None
@@ -102,10 +111,17 @@ async def run(
             max_queue_per_model=config.max_queue_per_function,
             burst_s=config.burst_s,
             journal_capacity=config.explained_calls,
+            host_memory_bytes=_host_memory_bytes(config),
+            overlap=config.overlap,
         ),
     )
     nodes = nodes or [
-        LocalNode(virtual_gpus=config.virtual_gpus, memory_bytes=config.gpu_memory_bytes, cuda=config.virtual_gpus == 0)
+        LocalNode(
+            virtual_gpus=config.virtual_gpus,
+            memory_bytes=config.gpu_memory_bytes,
+            cuda=config.virtual_gpus == 0,
+            copy_bandwidth=config.copy_bandwidth,
+        )
     ]
     control = Control(scheduler, nodes, cpu=CpuPool(), config=ControlConfig(recorded_calls=config.recorded_calls))
     access = msgspec.structs.replace(config.access, max_body_bytes=config.max_body_bytes)
@@ -135,7 +151,9 @@ async def run(
                 data=config.data,
             )
             async with (
-                system_front(control, deployments, secrets, keys, access, config.data) as front,
+                system_front(
+                    control, deployments, secrets, keys, access, config.data, described=V2_OPERATIONS
+                ) as front,
                 v2_front(
                     control,
                     deployments,
@@ -159,6 +177,14 @@ async def run(
         finally:
             await control.stop()
             await deployments.close()
+
+
+def _host_memory_bytes(config: ServerConfig) -> int:
+    """What parked models may take. The memory of virtual GPUs is the machine's own, and is not free."""
+    if config.host_memory_bytes is not None:
+        return config.host_memory_bytes
+    free_bytes = int(psutil.virtual_memory().available) - config.virtual_gpus * (config.gpu_memory_bytes or 0)
+    return max(0, free_bytes // 2)
 
 
 async def _save_profiles(deployments: Deployments) -> None:

@@ -9,6 +9,7 @@ import msgspec
 from hotset.gateway import readings
 from hotset.gateway.calls import CallRecord
 from hotset.gateway.control import Control
+from hotset.node.history import LoadParts, Times, Transition
 from hotset.node.interface import ProcessReport
 from hotset.scheduling.journal import Explanation
 from hotset.scheduling.profiles import Profiles
@@ -32,6 +33,24 @@ class ResidentState(msgspec.Struct, frozen=True, kw_only=True):
     """Since its last run began."""
 
 
+class ParkedState(msgspec.Struct, frozen=True, kw_only=True):
+    """One model in host memory, ready to come back to the GPU it left."""
+
+    model: str
+    host_bytes: int
+    device_bytes: int
+    """What its process still holds of the GPU."""
+    idle_s: float
+
+
+class HostReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The host memory of one node that is set apart for parked models."""
+
+    node: str
+    capacity_bytes: int
+    used_bytes: int
+
+
 class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
     """One GPU and what is in its memory."""
 
@@ -46,6 +65,8 @@ class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
     local_queue: int
     residents: list[ResidentState]
     """Least recently used first: the order in which LRU evicts."""
+    parked: list[ParkedState]
+    """Longest parked first."""
 
 
 class FunctionState(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,9 +79,21 @@ class FunctionState(msgspec.Struct, frozen=True, kw_only=True):
     errors: int
     """Calls that ended with a status of 400 or more."""
     hits: int
+    restores: int
     misses: int
+    offloads: int
     evictions: int
     mean_latency_s: float | None
+    hot: list[str]
+    """GPUs that hold it."""
+    warm: list[str]
+    """GPUs to which it can come back from host memory; a model that is in neither list is cold."""
+    measured_memory_bytes: int | None
+    """GPU memory as last measured."""
+    transitions: dict[Transition, Times]
+    """How long its loads, restores, offloads and unloads took."""
+    last_load: LoadParts | None
+    """Where the time of its last load went."""
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,9 +106,13 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     requests: int
     hits: int
+    restores: int
+    """Models that came back from host memory."""
     misses: int
+    """Models that were loaded."""
     hit_ratio: float | None
     """None before the first run."""
+    hosts: list[HostReport]
     gpus: list[GpuReport]
     functions: list[FunctionState]
     processes: list[ProcessReport] | None = None
@@ -136,11 +173,15 @@ def state_of(control: Control, *, processes: bool = False) -> State:
     """A snapshot; linear in GPUs, residents, functions and waiting calls."""
     lengths = readings.waiting(control)
     functions = []
-    hits = misses = requests = 0
+    histories = readings.histories(control)
+    cache = control.scheduler.cache
+    hits = restores = misses = requests = 0
     for metrics in control.functions.metrics():
         hits, misses, requests = hits + metrics.hits, misses + metrics.misses, requests + metrics.total
+        restores += metrics.restores
         version = control.functions.current.get(metrics.function)
         if version is not None:
+            history = histories.get(version.model)
             functions.append(
                 FunctionState(
                     name=metrics.function,
@@ -149,9 +190,16 @@ def state_of(control: Control, *, processes: bool = False) -> State:
                     requests=metrics.total,
                     errors=sum(count for status, count in metrics.requests.items() if status >= 400),
                     hits=metrics.hits,
+                    restores=metrics.restores,
                     misses=metrics.misses,
+                    offloads=metrics.offloads,
                     evictions=metrics.evictions,
                     mean_latency_s=metrics.duration_s / metrics.total if metrics.total else None,
+                    hot=list(cache.holders(version.model)),
+                    warm=list(cache.parked_on(version.model)),
+                    measured_memory_bytes=history.memory_bytes if history else None,
+                    transitions=history.times if history else {},
+                    last_load=history.last_load if history else None,
                 )
             )
     return State(
@@ -162,12 +210,24 @@ def state_of(control: Control, *, processes: bool = False) -> State:
         waiting=sum(lengths.values()),
         requests=requests,
         hits=hits,
+        restores=restores,
         misses=misses,
-        hit_ratio=hits / (hits + misses) if hits + misses else None,
+        hit_ratio=hits / (hits + restores + misses) if hits + restores + misses else None,
+        hosts=_hosts(control),
         gpus=_gpus(control),
         functions=functions,
         processes=readings.processes(control) if processes else None,
     )
+
+
+def _hosts(control: Control) -> list[HostReport]:
+    """Each node that may park models; GPUs of one node share its account."""
+    by_node = {gpu.gpu.node: gpu.memory.host for gpu in control.scheduler.cluster.gpus.values()}
+    return [
+        HostReport(node=node, capacity_bytes=host.capacity_bytes, used_bytes=host.used_bytes)
+        for node, host in by_node.items()
+        if host.capacity_bytes
+    ]
 
 
 def _gpus(control: Control) -> list[GpuReport]:
@@ -193,6 +253,15 @@ def _gpus(control: Control) -> list[GpuReport]:
                     idle_s=now_s - resident.last_used_s,
                 )
                 for resident in gpu.memory.residents.values()
+            ],
+            parked=[
+                ParkedState(
+                    model=parked.model,
+                    host_bytes=parked.host_bytes,
+                    device_bytes=parked.device_bytes,
+                    idle_s=now_s - parked.last_used_s,
+                )
+                for parked in gpu.memory.parked.values()
             ],
         )
         for gpu in control.scheduler.cluster.gpus.values()

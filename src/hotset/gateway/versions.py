@@ -165,6 +165,7 @@ def version_spec(
             retry=options.retry,
             profile=Profile(
                 load_s=next((each.load_s for each in known if each.load_s is not None), None),
+                restore_s=next((each.restore_s for each in known if each.restore_s is not None), None),
                 inference_s=next((each.inference_s for each in known if each.inference_s is not None), None),
             ),
         )

@@ -138,7 +138,11 @@ class Node(Protocol):
         ...
 
     def offload(self, gpu_id: str, model: str) -> None:
-        """Park the model in host memory; answered by ``offloaded``, or by ``process_lost`` if that fails."""
+        """Park the model in host memory; answered by ``offloaded``, or by ``process_lost`` if that fails.
+
+        A model that cannot be parked is unloaded in place of it, and answered by both: ``offloaded`` with all the GPU
+        memory it had, which says that parking it is of no use, then ``process_lost``.
+        """
         ...
 
     def restore(self, gpu_id: str, model: str) -> None:

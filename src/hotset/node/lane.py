@@ -307,7 +307,7 @@ class Lane:
         if self.processes.get(model) is process:
             del self.processes[model]
         if process is self._copying:
-            self._report_copy_ended(self._copied(), model, ending)
+            self._report_copy_ended(self._copied(), process, ending)
         elif process is self._running:
             self._report_run_failed(self._ran(), ending.kind or FailureKind.CRASH, ending.reason, process.answered)
         else:
@@ -331,7 +331,8 @@ class Lane:
             self._turns.done(operation)
         return operation
 
-    def _report_copy_ended(self, operation: AnyOperation | None, model: str, ending: Ending) -> None:
+    def _report_copy_ended(self, operation: AnyOperation | None, process: ModelProcess, ending: Ending) -> None:
+        model = process.spec.model
         match operation:
             case LoadOperation() | RestoreOperation():
                 if ending.memory_bytes is not None:
@@ -339,6 +340,10 @@ class Lane:
                 kind = ending.kind or FailureKind.CRASH
                 self._listener.load_failed(self.gpu_id, model, kind, ending.reason, ending.memory_bytes)
             case OffloadOperation():
+                if ending.kind is FailureKind.ERROR:
+                    # Its own code cannot do it: as if parked it freed nothing, so that nobody tries again.
+                    took_s = monotonic() - operation.begin_s
+                    self._listener.offloaded(self.gpu_id, model, took_s, process.memory_bytes, 0)
                 self._listener.process_lost(self.gpu_id, model, ending.reason)
             case UnloadOperation():
                 self._history.took(model, Transition.UNLOAD, monotonic() - operation.begin_s)

@@ -123,6 +123,9 @@ class ProfileRecord(msgspec.Struct, frozen=True, kw_only=True):
     load_s: float | None = None
     """Mean of its loads."""
     loads: int = 0
+    restore_s: float | None = None
+    """Mean of its restores."""
+    restores: int = 0
     inference_s: float | None = None
     """Mean of its runs, for one request."""
     runs: int = 0
