@@ -19,9 +19,10 @@ from PIL import Image
 from v2_world import Echo, Scale, tensor
 
 import hotset
+from hotset.functions.codecs import V2
 from hotset.functions.images import to_file
 from hotset.functions.runtime import Call, Outcome, Runtime
-from hotset.functions.v2 import V2, WARM, unframe
+from hotset.functions.v2 import WARM, unframe
 from hotset.functions.v2_tensors import (
     DTYPES,
     WireTensor,

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from hotset.cli.model_bundle import model_folder
 from hotset.errors import ConfigurationError, FunctionError, InputError
+from hotset.functions.codecs import V2
 from hotset.functions.contract import FunctionKind, options_of
 from hotset.functions.loading import load_entry
 from hotset.functions.model_files import FileSettings, source_of
@@ -30,7 +31,7 @@ from hotset.functions.model_files.function import SPARE_BYTES, make_class, setti
 from hotset.functions.model_files.onnx_header import read_header
 from hotset.functions.model_files.torch_files import torch_datatype
 from hotset.functions.runtime import Call, Outcome, Runtime
-from hotset.functions.v2 import V2, header_bytes
+from hotset.functions.v2 import header_bytes
 from hotset.functions.v2_types import Tensors, tensors_of
 
 WEIGHT = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)

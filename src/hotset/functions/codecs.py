@@ -25,6 +25,8 @@ JSON = "application/json"
 OCTET_STREAM = "application/octet-stream"
 NPY = "application/x-npy"
 TEXT = "text/plain"
+V2 = "application/vnd.hotset.v2"
+"""First part of the content type of Open Inference Protocol requests (v2.py); only the gateway makes them."""
 
 # What clients send who set no content type (curl -d).
 _UNDECLARED = frozenset({"", "application/x-www-form-urlencoded"})

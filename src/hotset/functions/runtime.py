@@ -17,12 +17,10 @@ from typing import Any
 import msgspec
 
 from hotset.errors import FunctionError, InputError
-from hotset.functions.codecs import JSON, Body
+from hotset.functions.codecs import JSON, V2, Body
 from hotset.functions.encoding import PlainWriter, StreamFormat, Writer, to_json
 from hotset.functions.inspection import signature_of
 
-V2_PREFIX = "application/vnd.hotset.v2"
-"""Content types of Open Inference Protocol requests (v2.py); only the gateway makes them."""
 _SHOWN_CHARACTERS = 2000
 """How much of an exception's text an answer repeats."""
 
@@ -187,7 +185,7 @@ class Runtime:
 
     def _decode(self, body: Body, content_type: str, accept: str) -> tuple[tuple[Any, ...] | None, Writer]:
         """The arguments of one call (None: it wants the model loaded, no more) and what writes its answer."""
-        if not content_type.startswith(V2_PREFIX):
+        if not content_type.startswith(V2):
             return self.signature.decode(body, content_type), PlainWriter(accept)
         # Imported on the first such call: most functions never see one.
         from hotset.functions import v2

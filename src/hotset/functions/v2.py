@@ -28,6 +28,7 @@ from hotset.errors import FunctionError, InputError
 from hotset.functions.codecs import (
     JSON,
     OCTET_STREAM,
+    V2,
     Body,
     MediaType,
     Special,
@@ -53,7 +54,6 @@ from hotset.functions.v2_tensors import (
 from hotset.functions.v2_types import OUTPUT, Field, Form, TensorType, output_fields, tensor_type
 from hotset.functions.v2_wire import InferRequest, Labels, Parameters, read_request, write_response
 
-V2 = "application/vnd.hotset.v2"
 WARM = f"{V2}; warm"
 MAX_HEADER_IN_ACCEPT_BYTES = 32_000
 """A larger JSON header stays in front of the body."""

@@ -12,8 +12,8 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from hotset.functions.http_envelope import REQUEST
 from hotset.functions.codecs import V2
+from hotset.functions.http_envelope import REQUEST
 from hotset.gateway.calls import CallRecord, Chunks, PendingCall, Receive, Result, StreamBroken
 from hotset.gateway.control import Control
 from hotset.gateway.openfaas.invocation import forwarded, is_process, is_response, opened, request_envelope

@@ -18,9 +18,8 @@ from collections.abc import Callable
 import msgspec
 
 from hotset.errors import StoreError
-from hotset.functions.codecs import JSON
+from hotset.functions.codecs import JSON, V2
 from hotset.functions.http_envelope import REQUEST
-from hotset.functions.runtime import V2_PREFIX
 from hotset.gateway.calls import Result, StreamBroken
 from hotset.gateway.control import Control
 from hotset.gateway.functions import Version
@@ -36,6 +35,8 @@ LOOK_S = 0.01
 """How often a call that waits for room looks whether interactive calls left some."""
 MOST_OPEN = 1_000
 """Calls that run or wait for their callback to be taken."""
+MOST_BYTES = 4 << 30
+"""Bodies of all calls that have not ended; one more call gets a 429."""
 MOST_ANSWER_BYTES = 64 << 20
 CALLBACK_ATTEMPTS = 6
 CALLBACK_WAIT_S = 0.5
@@ -82,7 +83,9 @@ class AsyncQueue:
         self._running: set[asyncio.Task[None]] = set()
         self._added: list[tuple[AsyncCall, AsyncRequest, bytes, asyncio.Future[int]]] = []
         self._ended: list[int] = []
-        self._known: set[int] = set()
+        self._known: dict[int, int] = {}
+        """Number -> bytes of its body, of every call that has not ended, dead letters apart."""
+        self._bytes = 0
         self._on_gpus = 0
         """Asynchronous calls that are on a GPU, or on their way there."""
         self._news = asyncio.Event()
@@ -113,7 +116,7 @@ class AsyncQueue:
 
     @property
     def full(self) -> bool:
-        return len(self._known) + len(self._added) >= self._most_queued
+        return len(self._known) + len(self._added) >= self._most_queued or self._bytes >= MOST_BYTES
 
     @property
     def length(self) -> int:
@@ -122,7 +125,7 @@ class AsyncQueue:
 
     async def accept(self, call_id: str, function: str, request: AsyncRequest, body: bytes) -> None:
         """Returns when the call is on the disk; raises ``StoreError`` when it cannot be written."""
-        call = AsyncCall(call_id=call_id, function=function, accepted_at_s=self._unix_time())
+        call = AsyncCall(call_id=call_id, function=function, accepted_at_s=self._unix_time(), body_bytes=len(body))
         written: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._added.append((call, request, body, written))
         self._to_write.set()
@@ -142,7 +145,7 @@ class AsyncQueue:
         call = await asyncio.to_thread(self.store.find, call_id)
         if call is None:
             return False
-        self._known.discard(call.number)
+        self._forget(call)
         await asyncio.to_thread(self.store.write, (), [call.number])
         return True
 
@@ -170,9 +173,15 @@ class AsyncQueue:
     # Dispatching
 
     def _ready(self, call: AsyncCall) -> None:
-        self._known.add(call.number)
+        if call.number not in self._known:
+            self._known[call.number] = call.body_bytes
+            self._bytes += call.body_bytes
         self._lanes[self._on_gpu(call)].append(call)
         self._news.set()
+
+    def _forget(self, call: AsyncCall) -> None:
+        """It has ended."""
+        self._bytes -= self._known.pop(call.number, 0)
 
     def _on_gpu(self, call: AsyncCall) -> bool:
         version = self._control.functions.current.get(key_of(call.function))
@@ -227,7 +236,7 @@ class AsyncQueue:
     async def _make(self, call: AsyncCall) -> None:
         stored = await asyncio.to_thread(self.store.request, call.number)
         if stored is None:
-            self._known.discard(call.number)
+            self._forget(call)
             return
         request, body = stored
         retrying = self._retrying(call)
@@ -249,10 +258,10 @@ class AsyncQueue:
             undelivered = await self._call_back(request.callback_url, call, answer)
         if undelivered is not None or answer.status in retrying.codes or not answer.reached:
             reason = undelivered or f"answered {answer.status} after {attempts} attempts: {_text(answer.body)}"
-            self._known.discard(call.number)
+            self._forget(call)
             await self._note(call, DEAD, attempts, answer.status, reason)
         else:
-            self._known.discard(call.number)
+            self._forget(call)
             self._ended.append(call.number)
             self._to_write.set()
 
@@ -276,7 +285,7 @@ class AsyncQueue:
             return _Answer(404, [("content-type", JSON)], refusal, 0.0, reached=False)
         given = dict(request.headers)
         content_type, accept = given.get("content-type", ""), given.get("accept", "*/*")
-        if content_type.startswith(V2_PREFIX):
+        if content_type.startswith(V2):
             refusal = error_body("inference requests of the v2 protocol go to /v2/models/NAME/infer")
             return _Answer(415, [("content-type", JSON)], refusal, 0.0, reached=False)
         if is_process(version):

@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import msgspec
 
+from hotset.functions.codecs import V2
 from hotset.functions.contract import FunctionKind
-from hotset.functions.v2 import V2, WARM
+from hotset.functions.v2 import WARM
 from hotset.functions.v2_types import Tensors
 from hotset.gateway.control import Control
 from hotset.gateway.deployments import Deployments
