@@ -14,6 +14,7 @@ from hotset.gateway.openfaas.callbacks import CallbackPolicy
 from hotset.gateway.openfaas.labels import Retrying, go_duration_s, read_retrying
 from hotset.node.fake import FakeFunction
 from hotset.node.interface import Answer, Call
+from hotset.store import async_calls
 
 CALLBACK = "http://app.example.com/done?id=1"
 
@@ -41,6 +42,13 @@ def with_callbacks(story, data, **how) -> None:
         await story(faas, receiver)
 
     serving(told, data, callbacks=receiver, allow_callbacks=("*",), **how)
+
+
+async def all_ended(faas: Faas) -> None:
+    """What has ended well is gone, with the next write."""
+    async with asyncio.timeout(20):
+        while (await faas.get("/system/async")).json():
+            await asyncio.sleep(0.002)
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +80,7 @@ def test_a_call_is_accepted_made_and_called_back(tmp_path):
         assert callback.headers["x-call-id"] == reply.headers["x-call-id"]
         assert float(callback.headers["x-duration-seconds"]) > 0
         assert callback.headers["x-start-time"]
-        await until(lambda: not faas.queued())
-        assert (await faas.get("/system/async")).json() == []
+        await all_ended(faas)
 
     with_callbacks(story, tmp_path)
 
@@ -147,8 +154,7 @@ def test_a_functions_own_failure_is_an_answer(tmp_path):
             "500",
             b"status 500",
         )
-        await until(lambda: not faas.queued())
-        assert (await faas.get("/system/async")).json() == []
+        await all_ended(faas)
 
     with_callbacks(story, tmp_path)
 
@@ -270,3 +276,23 @@ def test_how_calls_are_tried_again_is_said_in_labels_or_annotations():
     assert [Retrying(min_wait_s=1, max_wait_s=5).wait_s(n) for n in (1, 2, 3, 4, 100)] == [1, 2, 4, 5, 5]
     assert go_duration_s("1h30m") == 5400
     assert go_duration_s("soon") is None
+
+
+def test_bodies_are_bounded_too_and_so_are_dead_letters(tmp_path, monkeypatch):
+    async def story(faas: Faas, receiver: Receiver):
+        monkeypatch.setattr(queue_module, "MOST_BYTES", 10)
+        monkeypatch.setattr(async_calls, "MOST_DEAD", 2)
+        faas.node.default = FakeFunction(load_s=3600, respond=echo)
+        await faas.deploy("cat", "cat", **ON_GPU)
+        assert (await faas.http.post("/async-function/cat", content=b"0123456789")).status_code == 202
+        await until(lambda: faas.queued() == 1)
+        assert (await faas.http.post("/async-function/cat", content=b"")).status_code == 429
+        monkeypatch.setattr(queue_module, "MOST_BYTES", 100)
+        for number in range(4):
+            headers = {"x-call-id": f"call-{number}"}
+            await faas.http.post("/async-function/absent", content=b"x", headers=headers)
+        await until(lambda: faas.queued() == 1)
+        dead = (await faas.get("/system/async", state="dead")).json()
+        assert [each["call_id"] for each in dead] == ["call-3", "call-2"]
+
+    with_callbacks(story, tmp_path)

@@ -24,7 +24,7 @@ CHECKS = (
     response_headers_conformance,
     response_schema_conformance,
 )
-EXAMPLES = int(os.environ.get("HOTSET_FUZZ_EXAMPLES", "4"))
+EXAMPLES = int(os.environ.get("HOTSET_FUZZ_EXAMPLES", "2"))
 
 
 @pytest.fixture(scope="module")

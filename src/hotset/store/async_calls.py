@@ -28,8 +28,10 @@ CREATE INDEX IF NOT EXISTS calls_by_id ON calls (call_id);
 CREATE INDEX IF NOT EXISTS calls_by_state ON calls (state, number);
 """
 
+MOST_DEAD = 10_000
 QUEUED, DEAD = "queued", "dead"
-_ROW = "number, call_id, function, state, attempts, status, reason, accepted_at_s"
+_COLUMNS = ("number", "call_id", "function", "state", "attempts", "status", "reason", "accepted_at_s", "body_bytes")
+_ROW = ", ".join(_COLUMNS[:-1]) + ", LENGTH(body)"
 
 
 class AsyncRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +59,7 @@ class AsyncCall(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     accepted_at_s: float
     """Unix time."""
+    body_bytes: int = 0
 
 
 class AsyncCalls:
@@ -111,12 +114,18 @@ class AsyncCalls:
         return None if row is None else (msgspec.json.decode(row[0], type=AsyncRequest), row[1])
 
     def note(self, number: int, *, state: str, attempts: int, status: int, reason: str) -> None:
-        """How its last attempt ended."""
+        """How its last attempt ended; of dead letters the newest ``MOST_DEAD`` are kept."""
         with self._transaction() as connection:
             connection.execute(
                 "UPDATE calls SET state = ?, attempts = ?, status = ?, reason = ? WHERE number = ?",
                 (state, attempts, status, reason, number),
             )
+            if state == DEAD:
+                connection.execute(
+                    "DELETE FROM calls WHERE state = ? AND number NOT IN"
+                    " (SELECT number FROM calls WHERE state = ? ORDER BY number DESC LIMIT ?)",
+                    (DEAD, DEAD, MOST_DEAD),
+                )
 
     def close(self) -> None:
         with self._lock:
@@ -125,7 +134,7 @@ class AsyncCalls:
     def _list(self, clause: str, parameters: tuple[str | int, ...]) -> list[AsyncCall]:
         with self._lock, self._errors("read"):
             rows = self._connection.execute(f"SELECT {_ROW} FROM calls {clause}", parameters).fetchall()  # noqa: S608
-        return [msgspec.convert(dict(zip(_ROW.split(", "), row, strict=True)), AsyncCall) for row in rows]
+        return [msgspec.convert(dict(zip(_COLUMNS, row, strict=True)), AsyncCall) for row in rows]
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -132,7 +132,7 @@ def read_pbtxt(content: bytes, name: str) -> ModelSettings:
 def read_yaml(content: bytes, name: str) -> ModelSettings:
     """Settings of a model.yaml; raises ``ConfigurationError`` for what cannot be honoured, by its name."""
     try:
-        import yaml  # type: ignore[import-untyped]
+        import yaml
         from google.protobuf import json_format
 
         from hotset.protocol.messages import message_class

@@ -258,8 +258,8 @@ class AsyncQueue:
             undelivered = await self._call_back(request.callback_url, call, answer)
         if undelivered is not None or answer.status in retrying.codes or not answer.reached:
             reason = undelivered or f"answered {answer.status} after {attempts} attempts: {_text(answer.body)}"
-            self._forget(call)
             await self._note(call, DEAD, attempts, answer.status, reason)
+            self._forget(call)
         else:
             self._forget(call)
             self._ended.append(call.number)
