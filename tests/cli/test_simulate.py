@@ -142,6 +142,26 @@ def test_other_hardware_is_described_in_options() -> None:
     assert fixed == copied
 
 
+def test_batching_drains_the_queue_faster() -> None:
+    (single,) = simulate(*QUICK, "--policy", "lalb", "--gpus", "3")
+    (batched,) = simulate(*QUICK, "--policy", "lalb", "--gpus", "3", "--max-batch", "8", "--batch-marginal", "0.1")
+
+    assert batched["makespan_s"] < single["makespan_s"]
+    assert batched["completed"] == single["completed"]
+
+
+def test_a_deadline_is_kept_or_counted() -> None:
+    options = (*QUICK, "--policy", "lb", "--gpus", "2", "--deadline", "4s")
+    (run,) = simulate(*options)
+
+    assert run["completed"] + run["rejected"] == run["requests"]
+    assert run["deadline_misses"] >= run["rejected"] > 0
+    assert run["goodput_per_s"] < run["throughput_per_s"]
+    text = hotset("simulate", *options).stdout
+    assert "Deadlines" in text
+    assert "in time/s" in text
+
+
 def test_models_are_read_from_a_table(tmp_path: Path) -> None:
     table = tmp_path / "models.csv"
     lines = [f"f{number:02d},1GiB,2s,{number + 1}s" for number in range(15)]
@@ -257,6 +277,8 @@ def test_a_trace_without_functions_gets_them_from_a_popularity() -> None:
         (["--fail", "12@1s"], "unknown GPU '12'"),
         (["--fail", "1@9s:3s"], "brings the GPU back before it fails"),
         (["--gpus", "1", "--fail", "0@1s"], "every GPU failed"),
+        (["--max-batch", "4"], "--max-batch and --batch-marginal go together"),
+        (["--deadline", "0s"], "a deadline must be above 0"),
         (["--load", "1s"], "equal models need --model-memory"),
         (["--model-memory", "1GB", "--inference", "1s", "--bandwidth", "0"], "--bandwidth must be above 0"),
         (["--models", "m.csv", "--load", "1s"], "--models says it all"),

@@ -12,11 +12,11 @@ Cell = Callable[[RunResult], str]
 
 
 def tables(runs: Sequence[RunResult]) -> list[Table]:
-    """How long requests took, what that time was spent on, and what GPU memory had to do with it.
+    """How long requests took, what that time was spent on, what GPU memory had to do with it, and deadlines if missed.
 
     Working sets are set apart; below each is what no policy can beat.
     """
-    return [
+    shown = [
         _table(
             "Latency (s)",
             runs,
@@ -62,6 +62,20 @@ def tables(runs: Sequence[RunResult]) -> list[Table]:
             {"misses": lambda run: f"{run.clairvoyant_miss_ratio:.1%}"},
         ),
     ]
+    if any(run.deadline_misses for run in runs):
+        shown.append(
+            _table(
+                "Deadlines",
+                runs,
+                {
+                    "in time/s": lambda run: f"{run.goodput_per_s:.2f}",
+                    "missed": lambda run: f"{run.deadline_misses:.0f}",
+                    "rejected": lambda run: f"{run.rejected:.0f}",
+                    "of all": lambda run: f"{run.deadline_misses / run.requests:.1%}",
+                },
+            )
+        )
+    return shown
 
 
 def _table(

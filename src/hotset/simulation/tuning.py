@@ -374,7 +374,7 @@ class _Tuner:
         scheduler = Scheduler(
             make_policy(candidate.policy, candidate.settings), make_eviction(candidate.eviction), problem.config
         )
-        engine = Engine(scheduler, hardware)
+        engine = Engine(scheduler, hardware, deadline_s=problem.deadline_s)
         recorder = engine.recorder = _Keeping(hardware.costs, len(hardware.gpus))
         times = array("d")
 
