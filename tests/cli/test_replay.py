@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from hotset.cli.replay import Recording, arrivals_of, batch_cost, batches_of, hardware_of, measured, simulated
@@ -95,3 +96,14 @@ def test_a_call_of_a_function_that_does_not_batch_takes_as_long_as_it_did() -> N
 
     assert [arrival.inference_s for arrival in arrivals_of(recording)] == [pytest.approx(BASE_S + EACH_S)] * 2
     assert len(batches_of(recording, "f")) == 2
+
+
+def test_a_call_alone_in_its_run_held_the_gpu_until_its_answer_was_there() -> None:
+    """On a busy machine frames wait, too: the model ran for 0.1 s, its GPU was taken for 0.13 s."""
+    recording = recorded(1, 2, max_batch=1)
+    rows = [msgspec.structs.replace(row, duration_s=row.duration_s + 0.03) for row in recording.rows]
+
+    alone, *joined = (arrival.inference_s for arrival in arrivals_of(Recording(recording.header, rows)))
+
+    assert alone == pytest.approx(0.13)
+    assert joined == [BASE_S + 2 * EACH_S] * 2, "what two calls of a burst waited for each other is no one's run"

@@ -183,17 +183,21 @@ def batches_of(recording: Recording, function: str) -> list[list[TraceRow]]:
     """The recorded calls by the run that answered them: those of one GPU whose run began at one moment."""
     if recording.header.models[function].max_batch == 1:
         return [[row] for row in recording.rows if row.function == function]
-    rows = sorted((row for row in recording.rows if row.function == function), key=_run_began)
-    batches: list[list[TraceRow]] = []
-    for row in rows:
+    return _runs(row for row in recording.rows if row.function == function)
+
+
+def _runs(rows: Iterable[TraceRow]) -> list[list[TraceRow]]:
+    """Calls by the run they were in."""
+    runs: list[list[TraceRow]] = []
+    for row in sorted(rows, key=_run_began):
         gpu_id, began_s = _run_began(row)
-        if batches:
-            last_gpu_id, last_began_s = _run_began(batches[-1][-1])
+        if runs:
+            last_gpu_id, last_began_s = _run_began(runs[-1][-1])
             if gpu_id == last_gpu_id and began_s - last_began_s < _ONE_MOMENT_S:
-                batches[-1].append(row)
+                runs[-1].append(row)
                 continue
-        batches.append([row])
-    return batches
+        runs.append([row])
+    return runs
 
 
 def _run_began(row: TraceRow) -> tuple[str, float]:
@@ -216,12 +220,16 @@ def batch_cost(recording: Recording, function: str) -> BatchCost | None:
 
 def arrivals_of(recording: Recording) -> Iterator[Arrival]:
     """The recorded calls as the simulator's arrivals. How long a batch ran says little of a single call: where the
-    function batches, that is left to its line."""
+    function batches, that is left to its line. A call that had its run to itself kept its GPU until its answer was
+    there, and so it does here: on a busy machine the way to the process and back is a good part of that."""
     start_s = recording.rows[0].arrival_s
     models = recording.header.models
+    alone = {id(run[0]) for run in _runs(recording.rows) if len(run) == 1}
     for row in recording.rows:
-        inference_s = row.inference_s if models[row.function].max_batch == 1 else None
-        yield Arrival(row.arrival_s - start_s, row.function, inference_s)
+        run_s = row.inference_s if models[row.function].max_batch == 1 else None
+        if run_s is not None and id(row) in alone:
+            run_s = max(run_s, row.duration_s - row.queue_s - row.load_s)
+        yield Arrival(row.arrival_s - start_s, row.function, run_s)
 
 
 def simulated(
