@@ -4,8 +4,8 @@ Calls are served and recorded; the recording is replayed through the simulator a
 within 15 %). At the highest rate, calls one by one would be 2.5 times what the GPUs can do.
 
 A run of n calls sleeps for 20 + 5 n ms, so the comparison is of scheduling and joining, not of how busy the machine is.
-Calls are open loop, Poisson, Zipf(1.0). A load is what differs most from its mean: read the ratios of a machine that has
-nothing else to do. Ends by itself in about three minutes (``--quick``: less than two).
+Calls are open loop, Poisson, Zipf(1.0). A load is what differs most from its mean: read the ratios of a machine that
+has nothing else to do. Ends by itself in about three minutes (``--quick``: less than two).
 """
 
 from __future__ import annotations

@@ -204,9 +204,14 @@ def _run_began(row: TraceRow) -> tuple[str, float]:
     return row.gpu_id, row.arrival_s + row.queue_s + row.load_s
 
 
+def _kept_s(row: TraceRow) -> float:
+    """How long a call kept its GPU: its run, and the way to the process and back."""
+    return max(row.inference_s or 0.0, row.duration_s - row.queue_s - row.load_s)
+
+
 def batch_cost(recording: Recording, function: str) -> BatchCost | None:
     """The line, by least squares, through the recorded runs; None where all had the same number of calls."""
-    runs = [(len(batch), max(row.inference_s or 0.0 for row in batch)) for batch in batches_of(recording, function)]
+    runs = [(len(batch), max(map(_kept_s, batch))) for batch in batches_of(recording, function)]
     sizes, seconds = [size for size, _ in runs], [run_s for _, run_s in runs]
     if len(set(sizes)) < 2:
         return None
