@@ -127,11 +127,12 @@ class TestAhead:
 
     def test_a_model_too_large_for_a_gpu_is_not_loaded_ahead_there(self):
         world = lanes(gpus=(1.0, 4.0), models=["a", model("b", 3.0), "c"])
-        world.arrive("b")
         world.arrive("a")
-        world.loaded("g1")
-        world.loaded("g0")
         world.arrive("c")
+        for gpu_id in world.devices:
+            world.loaded(gpu_id)
+        world.arrive("b")
+        assert [world.doing("g0"), world.doing("g1")] == ["running a", "running c, loading b"]
         world.drain()
         assert not world.open
 
@@ -190,6 +191,35 @@ class TestTheLane:
         assert world.doing("g0") == "running a, loading b"
         world.drain()
         assert not world.open
+
+    def test_what_can_run_goes_before_what_must_be_loaded(self):
+        world = lanes("lalb", gpus=(3.0, 3.0), models=["a", model("d", 2.0)])
+        hot(world, "d")
+        (holder,) = world.scheduler.cache.holders("d")
+        world.arrive("a")
+        world.drain()
+        (other,) = set(world.devices) - {holder}
+        world.lose(other)
+        world.arrive("a")
+        world.drain()
+        world.join(3.0)
+        running = world.arrive("a")
+        late = [world.arrive("d"), world.arrive("a")]
+        assert world.running(holder) == (running,)
+        assert world.local(holder) == late
+        world.process_dies(holder, "d")
+        world.add(model("d", 2.5))
+        world.finish(holder)
+        assert world.doing(holder) == "running a", "though d was before it"
+        world.finish(holder)
+        assert world.doing(holder) == "loading d"
+        world.drain()
+        assert not world.open
+
+    def test_a_gpu_whose_lane_is_taken_has_no_room_for_more(self):
+        world = lanes(gpus=(4.0,))
+        world.arrive("a")
+        assert world.scheduler.cache.choose_victims(world.scheduler.cache.memory("g0"), GIB, 0.0) is None
 
     def test_a_request_that_expires_leaves_its_load_behind(self):
         world = lanes()

@@ -148,6 +148,15 @@ class TestHostBudget:
         world.arrive("a")  # its host memory is taken until it is back, so b cannot be parked
         assert moves(world)[-2:] == [(Unload, "b"), (Restore, "a")]
 
+    def test_as_many_are_forgotten_as_it_takes(self):
+        world = warm(host_gib=2.0, gpus=(2.0,), models=["a", "b", "c", model("big", 2.0), model("huge", 2.0)])
+        served(world, "ab")
+        world.arrive("big")
+        world.serve("g0")
+        assert world.parked("g0") == ["a", "b"]
+        world.arrive("huge")
+        assert moves(world)[-4:] == [(Unload, "a"), (Unload, "b"), (Offload, "big"), (Load, "huge")]
+
     def test_models_waited_for_are_forgotten_last(self):
         world = served(warm(host_gib=2.0), "abcd")
         world.arrive("c")
@@ -265,8 +274,13 @@ class TestFailures:
         world.arrive("c")
         world.remove("a")
         assert moves(world)[-1] == (Unload, "a")
-        world.offloaded("g0")
+        world.add(model("a"))
+        world.offloaded("g0", size=ParkedSize(device_bytes=0, host_bytes=GIB // 2))
         world.drain()
+        served(world, "ad")
+        assert world.scheduler.cache.memory("g0").parked["b"].host_bytes == GIB
+        served(world, "b")
+        assert world.scheduler.cache.memory("g0").parked["a"].host_bytes == GIB // 2
 
     def test_a_lost_gpu_takes_its_parked_models_along(self):
         world = served(warm(gpus=(2.0, 0.5)), "abc")

@@ -261,11 +261,10 @@ class Cluster:
             self._holders.became_busy(gpu)
             self.set_idle(gpu)
 
-    def copy_ended(self, gpu: GpuState) -> None:
+    def copy_ended(self, gpu: GpuState, model: str) -> None:
         """The copy lane is free: its model is HOT, or did not make it."""
-        model, gpu.memory.copying = gpu.memory.copying, None
-        if model is not None:
-            self._holders.forget(model)
+        gpu.memory.copying = None
+        self._holders.forget(model)
 
     def drop_resident(self, gpu: GpuState, model: str) -> Resident:
         """The model left this GPU's memory."""

@@ -213,11 +213,9 @@ class Scheduler:
                 self._note(entry, gpu, rule, None, now_s)
             self._run(gpu, Work(model, [entry], hit=entry.loaded_on != gpu.gpu_id, now_s=now_s), now_s)
             return
-        room = None
-        if memory.copying != model:
-            room = self._room(gpu, model, now_s)
-            if room is None:
-                raise InvariantError(f"{self.policy.name} placed {model} on {gpu.gpu_id}, where it does not fit")
+        room = self._transitions.room(gpu, model, now_s)
+        if room is None and memory.copying is None:  # else it waits there for its own load, or for another's to end
+            raise InvariantError(f"{self.policy.name} placed {model} on {gpu.gpu_id}, where it does not fit")
         if self._journalling:
             self._note(entry, gpu, rule, room, now_s)
         if cluster.overlap:
@@ -226,19 +224,11 @@ class Scheduler:
             if room is not None:
                 entry.loaded_on = gpu.gpu_id
                 self._copy(gpu, entry, room, now_s)
-        elif room is not None:
-            expected_s = self._transitions.bring(gpu, model, room, entry.request.request_id, now_s)
-            work = Work(model, [entry], hit=False, now_s=now_s, loading=True)
-            cluster.set_busy(gpu, work, now_s + expected_s + cluster.inference_s(model, gpu))
-
-    def _room(self, gpu: GpuState, model: str, now_s: float) -> Room | None:
-        """Room for a miss, if possible without touching what is to run on that GPU next."""
-        if gpu.local_queue:
-            spared = frozenset(entry.model for entry in gpu.local_queue)
-            room = self._transitions.room(gpu, model, now_s, spared)
-            if room is not None:
-                return room
-        return self._transitions.room(gpu, model, now_s)
+            return
+        assert room is not None, "without overlap, nothing is on its way to an idle GPU"
+        expected_s = self._transitions.bring(gpu, model, room, entry.request.request_id, now_s)
+        work = Work(model, [entry], hit=False, now_s=now_s, loading=True)
+        cluster.set_busy(gpu, work, now_s + expected_s + cluster.inference_s(model, gpu))
 
     def _copy(self, gpu: GpuState, entry: Entry, room: Room, now_s: float) -> None:
         """Bring a model to a GPU by its copy lane, whatever the GPU does meanwhile."""
@@ -289,9 +279,11 @@ class Scheduler:
             self._serve_local_queue(gpu, now_s)
 
     def _serve_local_queue(self, gpu: GpuState, now_s: float) -> None:
-        """Start its head; with overlap, a request whose model is still being loaded lets the next one go first."""
-        cluster = self.cluster
-        for entry in list(gpu.local_queue):
+        """Start its head; with overlap, requests whose model is HOT go before those whose model must be loaded."""
+        cluster, waiting = self.cluster, list(gpu.local_queue)
+        if cluster.overlap:
+            waiting.sort(key=lambda entry: entry.model not in gpu.memory.residents)  # stable
+        for entry in waiting:
             if (
                 entry.model not in gpu.memory.residents
                 and cluster.models[entry.model].memory_bytes > gpu.memory.capacity_bytes
@@ -326,7 +318,7 @@ class Scheduler:
             self.cluster.learn_memory(model, resident.memory_bytes)
         if work is None:
             resident.in_use = False
-            self.cluster.copy_ended(gpu)
+            self.cluster.copy_ended(gpu, model)
             if model in self.cluster.removed:
                 self._unload(gpu, model)
             if gpu.work is None:
@@ -366,7 +358,7 @@ class Scheduler:
         gpu, name = self.cluster.gpus[event.gpu_id], event.model
         learned = event.memory_bytes is not None and event.memory_bytes > self.cluster.models[name].memory_bytes
         if gpu.memory.copying == name:
-            self.cluster.copy_ended(gpu)
+            self.cluster.copy_ended(gpu, name)
             entries = [entry for entry in gpu.local_queue if entry.model == name]
             for entry in entries:
                 self.cluster.remove_local(gpu, entry)
@@ -440,6 +432,7 @@ class Scheduler:
     def _model_added(self, event: ModelAdded, now_s: float) -> None:
         self.cluster.models[event.model.name] = event.model
         self.profiles.add(event.model)
+        self.cache.keep(event.model.name, event.model.min_copies)
         self.cluster.removed.discard(event.model.name)
         self._requests.reject_too_large(now_s)
 
@@ -448,6 +441,7 @@ class Scheduler:
         if name not in self.cluster.models:
             return
         self.cluster.removed.add(name)
+        self.cache.keep(name, 0)
         self._requests.reject_removed(name, now_s)
         for gpu_id in list(self.cache.holders(name)):
             gpu = self.cluster.gpus[gpu_id]
