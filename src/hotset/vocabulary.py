@@ -87,6 +87,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     retry: bool = True
     """Whether a request whose process died may run once more."""
     profile: Profile = Profile()
+    min_copies: int = 0
+    """So many copies are passed over by eviction, once calls have brought them into memory."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):

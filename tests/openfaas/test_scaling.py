@@ -164,3 +164,16 @@ def test_a_removed_function_is_forgotten(tmp_path):
 def test_what_labels_mean(given, meant):
     assert read_scaling(labels(**given), {}) == meant
     assert read_scaling({}, labels(**given)) == meant
+
+
+def test_the_floor_is_kept_in_gpu_memory_where_it_is_said(tmp_path):
+    async def story(faas: Faas):
+        await faas.deploy("kept", "cat", labels=labels(min="1"), **ON_GPU)
+        for name in ("b", "c", "d"):
+            await faas.deploy(name, "cat", **ON_GPU)
+        for name in ("kept", "b", "c", "d"):
+            await faas.http.post(f"/function/{name}", content=b"x")
+        hot = [name for name in ("kept", "b", "c", "d") if (await faas.status(name))["hotset"]["gpus"]]
+        assert hot == ["kept", "c", "d"]
+
+    serving(story, tmp_path)

@@ -14,7 +14,7 @@ from hotset.functions.http_envelope import PROCESS_ENTRY
 from hotset.functions.units import parse_bytes, parse_duration
 from hotset.gateway.description import Description
 from hotset.gateway.functions import VersionSpec
-from hotset.gateway.openfaas.labels import go_duration_s, read_retrying, read_scaling
+from hotset.gateway.openfaas.labels import go_duration_s, kept_copies, read_retrying, read_scaling
 from hotset.gateway.openfaas.resources import GpuRequest
 from hotset.gateway.openfaas.types import FunctionDeployment, Overrides
 from hotset.node.interface import LaunchSpec
@@ -163,6 +163,7 @@ def version_spec(
             memory_bytes=max(measured, default=may_take_bytes),
             max_batch=options.max_batch,
             retry=options.retry,
+            min_copies=kept_copies(record.labels, record.annotations),
             profile=Profile(
                 load_s=next((each.load_s for each in known if each.load_s is not None), None),
                 restore_s=next((each.restore_s for each in known if each.restore_s is not None), None),

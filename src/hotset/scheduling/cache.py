@@ -129,6 +129,7 @@ class CacheManager:
         self.eviction = eviction
         self.host_memory_bytes = host_memory_bytes
         self.evictions = 0
+        self._kept: dict[str, int] = {}
         self.useless_prefetches = 0
         """Models that were loaded ahead and left without a run."""
         self._memories: dict[str, GpuMemory] = {}
@@ -176,6 +177,13 @@ class CacheManager:
 
     # Room
 
+    def keep(self, model: str, copies: int) -> None:
+        """Let eviction pass over so many copies of the model; 0: over none."""
+        if copies:
+            self._kept[model] = copies
+        else:
+            self._kept.pop(model, None)
+
     def choose_victims(
         self, memory: GpuMemory, need_bytes: int, now_s: float, spared: Collection[str] = ()
     ) -> list[Resident] | None:
@@ -189,6 +197,7 @@ class CacheManager:
         missing = need_bytes - memory.free_bytes - memory.parked_bytes
         if missing <= 0:
             return []
+        spared = self._with_kept(memory, need_bytes, spared)
         if not spared:
             return self.eviction.choose(memory, missing, now_s)
         shielded = [resident for model, resident in memory.residents.items() if model in spared and not resident.in_use]
@@ -198,6 +207,15 @@ class CacheManager:
         for resident in shielded:
             resident.in_use = False
         return victims
+
+    def _with_kept(self, memory: GpuMemory, need_bytes: int, spared: Collection[str]) -> Collection[str]:
+        """``spared``, and the copies that their models ask to keep (``Model.min_copies``).
+
+        A request must never wait for room that nobody will make: beside copies that leave it none, they are not kept.
+        """
+        kept = [name for name, copies in self._kept.items() if name in memory.residents and self.copies(name) <= copies]
+        kept_bytes = sum(memory.residents[name].memory_bytes for name in kept)
+        return {*spared, *kept} if kept and need_bytes + kept_bytes <= memory.capacity_bytes else spared
 
     def room_for(self, memory: GpuMemory, model: str, need_bytes: int, victims: list[Resident]) -> Room:
         """How these victims make the room for which they were chosen: each is offloaded if that is worth it."""

@@ -103,6 +103,12 @@ def read_scaling(labels: Mapping[str, str], annotations: Mapping[str, str]) -> S
     return scaling
 
 
+def kept_copies(labels: Mapping[str, str], annotations: Mapping[str, str]) -> int:
+    """How many copies eviction shall pass over: ``scale.min`` where it is said; the default of 1 keeps none."""
+    said = labels.get(f"{SCALE}min") or annotations.get(f"{SCALE}min") or "0"
+    return int(said) if said.isdecimal() else 0
+
+
 def read_retrying(labels: Mapping[str, str], annotations: Mapping[str, str]) -> Retrying:
     """Raises ``ConfigurationError`` that names the label and what it takes."""
     given = _Given(RETRY, labels, annotations)
