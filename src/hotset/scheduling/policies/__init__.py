@@ -10,12 +10,16 @@ from hotset.scheduling.policies.interface import Policy, PolicySettings
 from hotset.scheduling.policies.lalb import Lalb
 from hotset.scheduling.policies.lalb_o3 import LalbO3
 from hotset.scheduling.policies.lb import Lb
+from hotset.scheduling.policies.mqfq_sticky import MqfqSticky
+from hotset.scheduling.policies.pow2_multiplex import Pow2Multiplex
 
 POLICIES: Mapping[str, Callable[[PolicySettings], Policy]] = {
     "lb": lambda _: Lb(),
     "lalb": lambda _: Lalb(),
     "lalb_o3": LalbO3,
     "hotset": Hotset,
+    "mqfq_sticky": MqfqSticky,
+    "pow2_multiplex": lambda _: Pow2Multiplex(),
 }
 
 

@@ -28,6 +28,8 @@ HEAD_START_S = 2.0
 """Added to a line's age: a young line of many requests is worth a load before an old line of one."""
 GPU_TIME_PRICE = 0.3
 """Waiting that a second of an idle GPU's time, spent on a load that could be done without, causes elsewhere."""
+URGENCY = 1.5
+"""Where room is free: how much more a second weighs for a line that will have waited for a load and a run's time."""
 CROWDING = 8.0
 """How much dearer that time gets for each request, per GPU, that waits for a model that no GPU holds."""
 
@@ -50,6 +52,8 @@ class _Candidate(msgspec.Struct, gc=False):
     """Per second of GPU time; to compare candidates by."""
     most_s: float = math.inf
     """Most that its victims' callers may pay for it."""
+    urgent_s: float = 0.0
+    """What it gains besides where room costs nobody anything."""
     place: int = 0
     """Of the request, in its line, that the load is for."""
     wait_s: float = 0.0
@@ -181,17 +185,22 @@ class Hotset:
             load_s = cluster.load_s(model, gpu)
             wait_s = _wait_for(cluster, holder, model, line[0], now_s)
             gain_s = prices.another_copy_s(gpu, model, now_s) - gpu_time_price * load_s
-            helped = 1
+            urgent_s, helped = 0.0, 1
             if len(line) > 1 or wait_s > load_s:
                 inference_s = cluster.inference_s(model, gpu)
                 saved_s, helped = _saved(len(line), wait_s, load_s, inference_s, cluster.cache.copies(model))
                 gain_s += saved_s
-            if gain_s > 0.0:
-                worth = gain_s / load_s if load_s else math.inf
-                candidates.append(_Candidate(model, worth, gain_s, len(line) - helped, wait_s))
+                if saved_s:
+                    waited_s = now_s - line[0].request.arrival_s + wait_s
+                    urgent_s = URGENCY * saved_s * waited_s / (load_s + inference_s or waited_s)
+            if gain_s + urgent_s > 0.0:
+                worth = (gain_s + urgent_s) / load_s if load_s else math.inf
+                candidates.append(_Candidate(model, worth, gain_s, urgent_s, len(line) - helped, wait_s))
         for candidate in _best(candidates):
             load = self._cheapest_load(cluster, candidate.model, now_s)
-            if load is not None and load.price_s < candidate.most_s:
+            if load is None:
+                continue
+            if load.price_s < candidate.most_s + (0.0 if load.price_s else candidate.urgent_s):
                 entry = lines[candidate.model][candidate.place]
                 skips = entry is not head
                 return Placement(entry, load.gpu, Rule.EXTRA_COPY, skips=skips, waited_s=candidate.wait_s)

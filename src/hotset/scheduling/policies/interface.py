@@ -26,6 +26,10 @@ class Rule(Enum):
     EXTRA_COPY = "its holders cannot drain its line as soon as another copy can help"
     OLDEST_FIRST = "it was passed over as often, or has waited as long, as is allowed"
     AHEAD = "every GPU is taken; the model is loaded ahead where it can run soonest"
+    FAIR_HIT = "the least served function whose model is on an idle GPU"
+    FAIR_MISS = "the least served function; its model has to be loaded"
+    DRAWN_HOLDER = "the less loaded of two holders drawn by lot"
+    DRAWN = "the less loaded of two GPUs drawn by lot"
     LOCAL_QUEUE = "head of the GPU's local queue"
     JOINED = "joined a run of its model that was about to begin"
     RETRY = "second try after its process died"
@@ -40,6 +44,11 @@ class PolicySettings(msgspec.Struct, frozen=True, kw_only=True):
     """hotset: the same. One much below a load's worth of requests turns an out-of-order queue back into thrash."""
     max_wait_s: float = 60.0
     """hotset: a request that has waited so long is passed over no more. The same caution: several loads at least."""
+
+    overrun_s: float = 10.0
+    """mqfq_sticky: how much more service than the least served function one may have had before it must wait."""
+    grace_s: float = 2.0
+    """mqfq_sticky: how long a function that nobody asks for keeps its account."""
 
 
 class Placement(msgspec.Struct, frozen=True, gc=False):
