@@ -141,7 +141,7 @@ def test_bodies_may_be_compressed_and_an_answer_is_where_that_alone_is_asked_for
         ({"inputs": [{"name": "rows", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, "3"]}]}, "cannot be read"),
         (
             {"inputs": [{"name": "rows", "shape": [1, 3], "datatype": "FP32", "data": [1e300, 2, 3]}]},
-            "outside the range",
+            "<= 3.40",
         ),
         (
             {"inputs": [{"name": "rows", "shape": [2, 3], "datatype": "FP32", "data": [[1, 2, 3], [4]]}]},

@@ -160,7 +160,8 @@ class Plan:
         for name in request.inputs:
             if name not in readers:
                 raise InputError(name[:200], f"is no input of this model; it takes {', '.join(readers) or 'none'}")
-        _check_parameters(request.parameters)
+        if request.parameters:
+            _check_parameters(request.parameters)
         values = []
         for parameter in self._parameters:
             tensor = request.inputs.get(parameter.name)

@@ -11,7 +11,7 @@ import functools
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -45,6 +45,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 _DATATYPES = {dtype.name: name for name, dtype in DTYPES.items() if name not in (BF16, BYTES)}
 _LENGTH = struct.Struct("<I")
+# Numbers that are not rounded to infinity. FP64 needs none: msgspec refuses what is beyond it.
+_LARGEST = {"FP16": 65519.99, BF16: 3.396e38, "FP32": 3.4028235677973362e38}
 
 
 class WireTensor(msgspec.Struct, frozen=True, gc=False):
@@ -102,14 +104,12 @@ def from_json(datatype: str, shape: Sequence[int], data: Body) -> Array:
     depth = _depth(data)
     if depth not in (1, len(shape)):
         raise ValueError(f"has data {depth} lists deep; send one flat list, or lists nested as its shape says")
-    dtype = DTYPES[datatype]
-    element: type = {"b": bool, "f": float, "O": str}.get("f" if datatype == BF16 else dtype.kind, int)
     try:
-        values = _decoder(element, depth).decode(data)
+        values = _decoder(datatype, depth).decode(data)
     except UNREADABLE as error:
         raise ValueError(f"has data that cannot be read: {error}") from None
     try:
-        array = _bytes_array(values, depth) if datatype == BYTES else _numbers(values, datatype, dtype)
+        array = _bytes_array(values, depth) if datatype == BYTES else _numbers(values, datatype)
     except OverflowError:
         raise ValueError(f"has numbers outside the range of {datatype}") from None
     except ValueError:
@@ -208,22 +208,32 @@ def _depth(data: Body) -> int:
     return depth
 
 
-@functools.lru_cache(maxsize=128)
-def _decoder(element: type, depth: int) -> msgspec.json.Decoder[Any]:
-    kind: Any = element
+@functools.lru_cache(maxsize=256)
+def _decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
+    """Reads lists of a datatype's numbers, ``depth`` deep, and refuses those beyond its range."""
+    kind: Any
+    if datatype == BYTES:
+        kind = str
+    elif datatype == "BOOL":
+        kind = bool
+    elif datatype == "FP64":
+        kind = float
+    elif datatype in _LARGEST:
+        kind = Annotated[float, msgspec.Meta(ge=-_LARGEST[datatype], le=_LARGEST[datatype])]
+    elif datatype == "UINT64":
+        kind = int  # msgspec knows no bounds beyond 63 bits; numpy refuses what does not fit
+    else:
+        limits = np.iinfo(DTYPES[datatype])
+        kind = Annotated[int, msgspec.Meta(ge=int(limits.min), le=int(limits.max))]
     for _ in range(depth):
         kind = list[kind]
     return msgspec.json.Decoder(kind)
 
 
-def _numbers(values: Any, datatype: str, dtype: np.dtype[Any]) -> Array:
-    if dtype.kind != "f" and datatype != BF16:
-        return np.array(values, dtype)
-    with np.errstate(over="ignore"):
-        array = np.array(values, np.float32 if datatype == BF16 else dtype)
-    if not np.isfinite(array).all():
-        raise OverflowError  # JSON has no infinities: it is a number that is too large
-    return narrowed(array) if datatype == BF16 else array
+def _numbers(values: Any, datatype: str) -> Array:
+    if datatype == BF16:
+        return narrowed(np.array(values, np.float32))
+    return np.array(values, DTYPES[datatype])
 
 
 def _bytes_array(values: Any, depth: int) -> Array:
