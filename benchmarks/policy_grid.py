@@ -39,6 +39,8 @@ CONTESTANTS = (
     ("lalb_o3", "gdsf"),
     ("lalb_o3", "lfu"),
     ("lalb_o3", "sieve"),
+    ("mqfq_sticky", "lru"),
+    ("pow2_multiplex", "lru"),
     ("lalb", "lru"),
     ("lb", "lru"),
 )
@@ -164,7 +166,7 @@ def plot(rows: Sequence[tuple[str, dict[str, float]]], names: Sequence[str], pat
     from matplotlib import pyplot
     from matplotlib.colors import TwoSlopeNorm
 
-    figure, axes = pyplot.subplots(figsize=(1.4 * len(names) + 4, 0.22 * len(rows) + 2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(1.1 * len(names) + 4, 0.22 * len(rows) + 2), layout="constrained")
     values = [[min(row[name], 3.0) for name in names] for _, row in rows]
     image = axes.imshow(values, aspect="auto", cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.4, 3.0))
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
