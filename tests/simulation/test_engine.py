@@ -10,6 +10,7 @@ from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.policies import make_policy
 from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
 from hotset.simulation.engine import Engine, Fault
+from hotset.simulation.experiment import ClusterSpec
 from hotset.simulation.hardware import PAPER_GPU_MEMORY_BYTES, Hardware, ModelCost, make_gpus, paper_costs
 from hotset.simulation.metrics import RunMetrics
 from hotset.simulation.workloads import Arrival, Popularity, Process, Synthetic
@@ -171,3 +172,72 @@ class TestDeterminism:
 
     def test_another_seed_another_result(self):
         assert self.run(7) != self.run(8)
+
+
+class TestTiers:
+    """Loads take 4 s, restores 0.5 s, offloads 0.25 s, runs 1 s; a GPU holds one model."""
+
+    cost = ModelCost(memory_bytes=1, load_s=4.0, inference_s=1.0, restore_s=0.5, offload_s=0.25)
+
+    def engine(self, *faults: Fault, policy: str = "lalb", gpus: int = 1, memory: int = 1, **config: object) -> Engine:
+        hardware = Hardware(gpus=make_gpus(gpus, memory), costs=dict.fromkeys("abcd", self.cost))
+        settings = SchedulerConfig(**config)  # type: ignore[arg-type]
+        return Engine(Scheduler(make_policy(policy), make_eviction("lru"), settings), hardware, faults)
+
+    def test_a_model_comes_back_from_host_memory(self):
+        # a loads 0-4, runs 4-5; b: a leaves 5-5.25, loads 5.25-9.25, runs -10.25; a: b leaves, back at 11, runs -12.
+        metrics = play(self.engine(host_memory_bytes=9), (0.0, "a"), (5.0, "b"), (10.25, "a"))
+        assert metrics.makespan_s == 12.0
+        assert (metrics.restores, metrics.offloads, metrics.evictions) == (1, 2, 0)
+        assert metrics.miss_ratio == 1.0, "a restore is a miss too"
+        assert metrics.mean_load_s == pytest.approx((4.0 + 4.25 + 0.75) / 3)
+        assert metrics.top_model_copies == pytest.approx((5.0 + 1.75) / 12.0), "a while it is on the GPU"
+
+    def test_what_finds_no_room_on_the_host_is_unloaded(self):
+        metrics = play(
+            self.engine(host_memory_bytes=1), *((10.0 * number, name) for number, name in enumerate("abcba"))
+        )
+        assert (metrics.restores, metrics.offloads) == (1, 3)
+        assert metrics.evictions == 2
+
+    def test_without_tiers_nothing_is_said_of_them(self):
+        assert b"restores" not in msgspec.json.encode(play(self.engine(), (0.0, "a")))
+
+    def test_a_load_overlaps_with_a_run(self):
+        # a loads 0-4 and runs 4-5 and 5-6; b, asked for at 4, loads 4-8 and runs 8-9.
+        metrics = play(self.engine(overlap=True, memory=2), (0.0, "a"), (4.5, "a"), (4.5, "b"))
+        assert metrics.makespan_s == 4.5 + 4.0 + 1.0
+        assert (metrics.prefetches, metrics.useless_prefetches) == (1, 0)
+
+    def test_a_lost_gpu_forgets_what_was_parked_for_it(self):
+        fault = Fault(20.0, "sim/gpu:0", back_s=21.0)
+        metrics = play(self.engine(fault, host_memory_bytes=9), (0.0, "a"), (10.0, "b"), (30.0, "a"))
+        assert (metrics.restores, metrics.offloads) == (0, 1)
+
+    def test_copies_in_flight_on_a_lost_gpu_never_end(self):
+        fault = Fault(10.1, "sim/gpu:0", back_s=11.0)
+        metrics = play(self.engine(fault, host_memory_bytes=9), (0.0, "a"), (10.0, "b"))
+        assert metrics.completed == 2
+        assert metrics.makespan_s == 11.0 + 4.0 + 1.0
+
+    @pytest.mark.parametrize("policy", ["lb", "lalb", "lalb_o3", "hotset"])
+    def test_two_runs_are_equal(self, policy: str):
+        def run() -> bytes:
+            workload = Synthetic(
+                popularity=Popularity.zipf(8), rate_per_minute=90.0, minutes=3, process=Process.POISSON
+            )
+            hardware = Hardware(gpus=make_gpus(2, 2), costs=dict.fromkeys(workload.functions, self.cost))
+            config = SchedulerConfig(host_memory_bytes=3, overlap=True)
+            scheduler = Scheduler(make_policy(policy), make_eviction("lru"), config)
+            return msgspec.json.encode(Engine(scheduler, hardware).run(workload.arrivals(1)))
+
+        assert run() == run()
+
+
+def test_a_cluster_with_host_memory_knows_what_copies_take():
+    cluster = ClusterSpec(gpus=1, gpu_memory_bytes=100, host_memory_bytes=50, copy_bytes_per_s=20.0, models=COST)
+    (cost,) = cluster.hardware(["a"], 0).costs.values()
+    assert (cost.restore_s, cost.offload_s) == (0.05, 0.05)
+    known = msgspec.structs.replace(COST, restore_s=3.0)
+    (cost,) = msgspec.structs.replace(cluster, models=known).hardware(["a"], 0).costs.values()
+    assert cost.restore_s == 3.0
