@@ -20,9 +20,10 @@ from hotset.scheduling.rates import ArrivalRates
 if TYPE_CHECKING:
     from hotset.scheduling.cluster import Cluster, GpuState
 
-HORIZON_S = 6.0
-"""How far ahead the use of a further copy is counted. Beyond it the queue will look different: decide again then."""
-LAST_HORIZON_S = 12.0
+HORIZON_RUNS = 4.6
+"""How far ahead the use of a further copy is counted, in typical runs. Beyond it the queue will look different: decide
+again then. Counted in runs, so that models of ten milliseconds are treated as those of a second are."""
+LAST_HORIZON_RUNS = 9.2
 """The same for a model's last copy."""
 LEAST_UTILISATION, MOST_UTILISATION = 0.3, 0.98
 """A GPU is never taken to be free, or busy, for certain."""
@@ -161,7 +162,7 @@ class Prices:
     def _saving_s(self, gpu: GpuState, model: str, copies: int, now_s: float) -> float:
         if copies > MANY_COPIES:
             return 0.0
-        runs_s = self._rates.per_s(model, now_s) * HORIZON_S * self._cluster.inference_s(model, gpu)
+        runs_s = self._rates.per_s(model, now_s) * self._horizon_s(HORIZON_RUNS) * self._cluster.inference_s(model, gpu)
         now_busy = self._all_busy(model, None, now_s)
         return runs_s * (now_busy / copies - now_busy * LEAST_UTILISATION / (copies + 1))
 
@@ -171,14 +172,18 @@ class Prices:
         load_s = self._cluster.load_s(model, gpu)
         rate = self._rates.per_s(model, now_s)
         if copies == 1:
-            expected = rate * LAST_HORIZON_S
+            expected = rate * self._horizon_s(LAST_HORIZON_RUNS)
             return load_s * expected / (1.0 + expected)
         if copies > MANY_COPIES:
             return 0.0
         without = self._all_busy(model, gpu, now_s)
         with_it = without * self.utilisation(gpu, now_s)
-        saved_s = rate * HORIZON_S * self._cluster.inference_s(model, gpu) * (without / (copies - 1) - with_it / copies)
+        runs_s = rate * self._horizon_s(HORIZON_RUNS) * self._cluster.inference_s(model, gpu)
+        saved_s = runs_s * (without / (copies - 1) - with_it / copies)
         return min(saved_s, load_s)
+
+    def _horizon_s(self, runs: float) -> float:
+        return runs * self._cluster.profiles.typical_inference_s()
 
     def _all_busy(self, model: str, but: GpuState | None, now_s: float) -> float:
         """Probability that every holder is busy, were they independent."""
