@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-
-from hotset.cli.main import main
+from command_line import hotset
 
 FUNCTIONS = {
     "greet.py": '''
@@ -59,11 +57,6 @@ def raw(data: bytes) -> bytes:
     return data[::-1]
 ''',
 }
-
-
-def hotset(*arguments: str, stdin: str | None = None) -> Result:
-    """Run a command in this process."""
-    return CliRunner().invoke(main, list(arguments), input=stdin, catch_exceptions=False)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import hotset
+from command_line import hotset
 
 import hotset.gateway.server as server
 from hotset.gateway.server import ServerConfig

@@ -6,7 +6,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import linear_regression
+from statistics import fmean, linear_regression
 from typing import Any
 
 import click
@@ -150,8 +150,8 @@ def hardware_of(
 ) -> Hardware:
     """The recorded cluster with its measured costs, or one with other GPUs.
 
-    A function's load time is the mean of its recorded loads, a batching function's run time the line through its
-    recorded runs; of what was not seen meanwhile, what the server had learned.
+    A function's load time is the mean of its recorded loads, so is its restore time; a batching function's run time is
+    the line through its recorded runs; of what was not seen meanwhile, it is what the server had learned.
     """
     known = list(recording.header.gpus)
     if gpus is not None:
@@ -160,14 +160,16 @@ def hardware_of(
         ]
     if gpu_memory_bytes is not None:
         known = [msgspec.structs.replace(gpu, memory_bytes=gpu_memory_bytes) for gpu in known]
-    loads: defaultdict[str, list[float]] = defaultdict(list)
+    loads: defaultdict[tuple[str, bool], list[float]] = defaultdict(list)
+    """By function and whether it was parked."""
     for row in recording.rows:
         if row.load_s:
-            loads[row.function].append(row.load_s)
+            loads[row.function, row.warm].append(row.load_s)
     costs = {}
     for name in recording.functions():
         learned = recording.header.models[name]
-        load_s = sum(loads[name]) / len(loads[name]) if loads[name] else learned.load_s
+        load_s = fmean(loads[name, False] or [learned.load_s])
+        restore_s = fmean(loads[name, True]) if loads[name, True] else learned.restore_s
         runs = batch_cost(recording, name) if learned.max_batch > 1 else None
         costs[name] = ModelCost(
             memory_bytes=learned.memory_bytes,
@@ -175,6 +177,9 @@ def hardware_of(
             inference_s=runs.inference_s if runs else learned.inference_s,
             batch_marginal=runs.marginal if runs else learned.batch_marginal,
             max_batch=learned.max_batch,
+            restore_s=restore_s,
+            offload_s=learned.offload_s,
+            residue_bytes=learned.residue_bytes,
         )
     return Hardware(gpus=known, costs=costs)
 
@@ -237,12 +242,17 @@ def arrivals_of(recording: Recording) -> Iterator[Arrival]:
         yield Arrival(row.arrival_s - start_s, row.function, run_s)
 
 
+def config_of(recording: Recording) -> SchedulerConfig:
+    """The recorded server's scheduler, as far as it matters for when a call is answered."""
+    known = recording.header
+    return SchedulerConfig(burst_s=known.burst_s, host_memory_bytes=known.host_memory_bytes, overlap=known.overlap)
+
+
 def simulated(
     recording: Recording, hardware: Hardware, policy: str, eviction: str, settings: PolicySettings | None = None
 ) -> RunMetrics:
     """What the simulator predicts for the recorded calls under these policies."""
-    config = SchedulerConfig(burst_s=recording.header.burst_s)
-    scheduler = Scheduler(make_policy(policy, settings), make_eviction(eviction), config)
+    scheduler = Scheduler(make_policy(policy, settings), make_eviction(eviction), config_of(recording))
     return Engine(scheduler, hardware).run(arrivals_of(recording))
 
 

@@ -58,13 +58,13 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), help="Where functions are kept.")
-@click.option("--policy", default="lalb_o3", show_default=True, type=click.Choice(list(POLICIES)))
+@click.option("--policy", default="hotset", show_default=True, type=click.Choice(list(POLICIES)))
 @click.option("--o3-limit", default=25, show_default=True, type=click.IntRange(min=0), help="Most times passed over.")
 @click.option("--max-skips", default=10_000, show_default=True, type=click.IntRange(min=1), help="The same, of hotset.")
 @click.option(
     "--max-wait", default="60s", show_default=True, metavar="TIME", help="Then hotset passes it over no more."
 )
-@click.option("--eviction", default="lru", show_default=True, type=click.Choice(list(EVICTIONS)))
+@click.option("--eviction", default="hotset", show_default=True, type=click.Choice(list(EVICTIONS)))
 @click.option(
     "--virtual-gpus",
     default=0,

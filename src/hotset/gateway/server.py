@@ -48,11 +48,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """0: any free one."""
     data: Path
     """Directory of the datastore, bundles and environments; made when missing."""
-    policy: str = "lalb_o3"
+    policy: str = "hotset"
     o3_limit: int = 25
     max_skips: int = 10_000
     max_wait_s: float = 60.0
-    eviction: str = "lru"
+    eviction: str = "hotset"
     virtual_gpus: int = 0
     """0: this machine's CUDA GPUs."""
     gpu_memory_bytes: int | None = None

@@ -11,8 +11,8 @@ from hotset.gateway.calls import CallRecord
 from hotset.gateway.control import Control
 from hotset.node.history import LoadParts, Times, Transition
 from hotset.node.interface import ProcessReport
+from hotset.scheduling.cluster import Cluster
 from hotset.scheduling.journal import Explanation
-from hotset.scheduling.profiles import Profiles
 from hotset.vocabulary import Gpu, Model
 
 TRACE_VERSION = 1
@@ -139,6 +139,12 @@ class TracedModel(msgspec.Struct, frozen=True, kw_only=True):
     max_batch: int = 1
     batch_marginal: float = 1.0
     """What each further call of a batch adds to a run, as a share of ``inference_s``."""
+    restore_s: float | None = None
+    """From host memory."""
+    offload_s: float = 0.0
+    """To host memory."""
+    residue_bytes: int = 0
+    """GPU memory that its process keeps meanwhile."""
 
 
 class TraceHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,6 +155,9 @@ class TraceHeader(msgspec.Struct, frozen=True, kw_only=True):
     policy: str
     eviction: str
     burst_s: float
+    host_memory_bytes: int = 0
+    """Of each node, for parked models."""
+    overlap: bool = False
     gpus: list[Gpu]
     models: dict[str, TracedModel]
     """By function, those in service."""
@@ -164,6 +173,8 @@ class TraceRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     status: int
     gpu_id: str = ""
     hit: bool = False
+    warm: bool = False
+    """Its model was parked in host memory: ``load_s`` is a restore."""
     queue_s: float = 0.0
     load_s: float = 0.0
     duration_s: float = 0.0
@@ -283,7 +294,7 @@ def explain(control: Control, call_id: str) -> ExplanationReport | None:
 def trace_header(control: Control) -> TraceHeader:
     """What the recorded calls ran on, and what their models cost there."""
     scheduler = control.scheduler
-    cluster, profiles = scheduler.cluster, scheduler.profiles
+    cluster = scheduler.cluster
     gpus = [gpu.gpu for gpu in cluster.gpus.values()]
     kind = gpus[0].kind if gpus else ""
     return TraceHeader(
@@ -291,16 +302,20 @@ def trace_header(control: Control) -> TraceHeader:
         policy=scheduler.policy.name,
         eviction=scheduler.cache.eviction.name,
         burst_s=scheduler.config.burst_s,
+        host_memory_bytes=scheduler.config.host_memory_bytes,
+        overlap=scheduler.config.overlap,
         gpus=gpus,
         models={
-            version.function: _traced_model(cluster.models[version.model], profiles, kind)
+            version.function: _traced_model(cluster, cluster.models[version.model], kind)
             for version in control.functions.current.values()
             if version.model in cluster.models
         },
     )
 
 
-def _traced_model(model: Model, profiles: Profiles, kind: str) -> TracedModel:
+def _traced_model(cluster: Cluster, model: Model, kind: str) -> TracedModel:
+    profiles, cache = cluster.profiles, cluster.cache
+    parked = [cluster.gpus[gpu_id].memory.parked[model.name] for gpu_id in cache.parked_on(model.name)]
     one_s, two_s = (profiles.inference_s(model.name, kind, batch) for batch in (1, 2))
     return TracedModel(
         memory_bytes=model.memory_bytes,
@@ -308,6 +323,9 @@ def _traced_model(model: Model, profiles: Profiles, kind: str) -> TracedModel:
         inference_s=one_s,
         max_batch=model.max_batch,
         batch_marginal=min(1.0, (two_s - one_s) / one_s) if one_s else 1.0,
+        restore_s=profiles.restore_s(model.name, kind),
+        offload_s=profiles.offload_s(model.name, kind),
+        residue_bytes=max((resident.memory_bytes for resident in parked), default=0),
     )
 
 
@@ -332,6 +350,7 @@ def _trace_row(record: CallRecord, start_s: float) -> TraceRow:
         status=record.status,
         gpu_id=record.gpu_id,
         hit=record.hit,
+        warm=record.warm,
         queue_s=round(record.queue_s, 6),
         load_s=round(record.load_s, 6),
         duration_s=round(record.duration_s, 6),

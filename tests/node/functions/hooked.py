@@ -16,6 +16,11 @@ class Hooked:
 
     def load(self, device: str) -> None:
         self.log: list[str] = []
+        held = int(os.environ.get("HOLDS_BYTES", "0"))
+        if held:
+            import numpy
+
+            self.held = numpy.ones(held // 8)
 
     def offload(self) -> None:
         self._do("OFFLOAD")
@@ -24,6 +29,9 @@ class Hooked:
     def restore(self, device: str) -> None:
         self._do("RESTORE")
         self.log.append(f"restore {device}")
+
+    def unload(self) -> None:
+        self._do("UNLOAD")
 
     def predict(self, ignored: int) -> list[str]:
         return self.log
