@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -73,7 +74,8 @@ def test_processes_die_in_every_transition() -> None:
                 if dice.random() < 0.15:
                     waiting = [spawned for zygote in source._zygotes.values() for spawned in zygote.pool]
                     if waiting:
-                        os.kill(dice.choice(waiting).process.pid, signal.SIGKILL)
+                        with contextlib.suppress(ProcessLookupError):  # this one was killed before
+                            os.kill(dice.choice(waiting).process.pid, signal.SIGKILL)
                 if dice.random() < 0.6:
                     await asyncio.wait([each.future for _, each in pending])
             results = [(name, await each.future) for name, each in pending]
