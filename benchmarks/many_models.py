@@ -101,7 +101,8 @@ def serving(data: Path, gpu_memory: str, policy: str, eviction: str) -> Iterator
             [
                 *(sys.executable, "-m", "hotset", "serve", "--port", "0", "--data-dir", str(data), "--json"),
                 *("--virtual-gpus", str(GPUS), "--gpu-memory", gpu_memory, "--drain", "5s"),
-                *("--policy", policy, "--eviction", eviction),
+                # Parked models would lie in the same memory as the virtual GPUs, and no other server here has that.
+                *("--policy", policy, "--eviction", eviction, "--host-memory", "0"),
             ],
             stdout=subprocess.PIPE,
             stderr=log,
