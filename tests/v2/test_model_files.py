@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle  # noqa: TID251 - files that must not be opened are made with it
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -465,6 +466,7 @@ def test_the_file_that_is_deployed_is_a_few_readable_lines(tmp_path: Path) -> No
     settings = FileSettings(max_rows=4, join=True, gpu_memory="90MiB", timeout="5s", load_timeout=20, name="cls")
     source = source_of(classifier(tmp_path).name, settings)
     (tmp_path / "hotset_model.py").write_text(source)
+    sys.modules.pop("hotset_model", None)  # of another test's model file
     target = load_entry(tmp_path, "hotset_model", reload=True)
     options = options_of(target)
     assert options is not None
