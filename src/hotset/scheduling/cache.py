@@ -119,10 +119,6 @@ class EvictionPolicy:
         """It left to make room."""
 
 
-def _holds_device_memory(parked: Resident) -> bool:
-    return parked.device_bytes > 0
-
-
 class CacheManager:
     """Residency of all GPUs (paper, Cache Manager): hit or miss, victims, accounts.
 
@@ -281,12 +277,11 @@ class CacheManager:
 
     def _reclaim(self, memory: GpuMemory, room: Room, own: Resident | None, missing: int) -> None:
         """Take back what parked processes hold of the GPU, longest parked first; then park fewer of the victims."""
-        held = [each for each in memory.parked.values() if each is not own and each not in room.forgotten]
-        for parked in filter(_holds_device_memory, held):
-            if missing <= 0:
-                return
-            room.forgotten.append(parked)
-            missing -= parked.device_bytes
+        parked = [each for each in memory.parked.values() if each is not own and each not in room.forgotten]
+        holding = [each for each in reversed(parked) if each.device_bytes]
+        while missing > 0 and holding:
+            room.forgotten.append(holding.pop())
+            missing -= room.forgotten[-1].device_bytes
         while missing > 0:
             victim = room.offloaded.pop()
             room.unloaded.append(victim)
