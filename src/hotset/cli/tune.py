@@ -13,14 +13,13 @@ import msgspec
 from hotset.cli.options import gateway_option, json_option
 from hotset.cli.output import Table, progress, show_table, write_json
 from hotset.cli.remote import Remote
-from hotset.cli.replay import Recording, arrivals_of, hardware_of, read_recording
+from hotset.cli.replay import Recording, arrivals_of, config_of, hardware_of, read_recording
 from hotset.cli.simulate import Options, experiment, simulate
 from hotset.errors import ConfigurationError
 from hotset.functions.units import format_bytes, parse_bytes, parse_duration
 from hotset.gateway.state import TraceHeader
 from hotset.scheduling.eviction import EVICTIONS, make_eviction
 from hotset.scheduling.policies import POLICIES, make_policy
-from hotset.scheduling.scheduler import SchedulerConfig
 from hotset.simulation.presets import PRESETS
 from hotset.simulation.traces.reading import first_line
 from hotset.simulation.tuning import Candidate, Objective, Problem, Score, Tuning, candidates, tune
@@ -176,7 +175,7 @@ def _recorded_problem(recording: Recording, shared: Mapping[str, Any], deadline_
     return Problem(
         workload=RecordedCalls(recording),
         hardware=lambda _: hardware,
-        config=SchedulerConfig(burst_s=recording.header.burst_s),
+        config=config_of(recording),
         deadline_s=deadline_s,
     )
 
