@@ -15,9 +15,10 @@ from hotset.gateway.calls import Result
 from hotset.gateway.control import Control
 from hotset.gateway.functions import VersionSpec
 from hotset.node.interface import LaunchSpec
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.policies import make_policy
-from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.scheduling.scheduler import Scheduler
 from hotset.vocabulary import Model
 
 MODELS = 6

@@ -14,9 +14,10 @@ from hotset.gateway.functions import VersionSpec
 from hotset.node.cpu import CpuPool
 from hotset.node.fake import FakeClock, FakeFunction, FakeNode, virtual_gpus
 from hotset.node.interface import LaunchSpec
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.policies import make_policy
-from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.scheduling.scheduler import Scheduler
 from hotset.vocabulary import Model
 
 GPU = "local/virtual:0"

@@ -11,7 +11,7 @@ from gateway_world import GPU, Client, Reply, World, run, version
 from hotset.gateway.app import Gateway
 from hotset.gateway.readings import waiting
 from hotset.node.interface import Answer, Call
-from hotset.scheduling.scheduler import SchedulerConfig
+from hotset.scheduling.config import SchedulerConfig
 from hotset.vocabulary import FailureKind
 
 LIMIT = 1000

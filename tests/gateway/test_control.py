@@ -12,7 +12,7 @@ from hotset.gateway.calls import CallIds, PendingCall, StreamBroken
 from hotset.gateway.control import LOOK_AFTER_S, ControlConfig
 from hotset.gateway.readings import gpu_metrics, problem, waiting
 from hotset.node.interface import Answer, Call
-from hotset.scheduling.scheduler import SchedulerConfig
+from hotset.scheduling.config import SchedulerConfig
 from hotset.vocabulary import FailureKind
 
 

@@ -14,7 +14,7 @@ from hotset.gateway.app import Gateway
 from hotset.gateway.calls import Result
 from hotset.gateway.state import State, state_of
 from hotset.node.history import Transition
-from hotset.scheduling.scheduler import SchedulerConfig
+from hotset.scheduling.config import SchedulerConfig
 from hotset.vocabulary import FailureKind
 
 ROOMY = SchedulerConfig(journal_capacity=1000, host_memory_bytes=1000 * MIB)

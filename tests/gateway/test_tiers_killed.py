@@ -19,9 +19,10 @@ from hotset.gateway.functions import VersionSpec
 from hotset.node.interface import LaunchSpec
 from hotset.node.manager import LocalNode
 from hotset.node.zygote import ZygoteSource
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.policies import make_policy
-from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.scheduling.scheduler import Scheduler
 from hotset.vocabulary import Model
 
 FUNCTIONS = Path(__file__).parent.parent / "node" / "functions"

@@ -23,9 +23,10 @@ from hotset.gateway.openfaas.service import AccessConfig, system_front
 from hotset.node.cpu import CpuPool
 from hotset.node.fake import FakeFunction, FakeNode, virtual_gpus
 from hotset.node.interface import Answer, Call
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.policies import make_policy
-from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.scheduling.scheduler import Scheduler
 from hotset.store.bundles import Bundles, make_bundle
 from hotset.store.environments import Environments
 from hotset.store.secrets import Secrets

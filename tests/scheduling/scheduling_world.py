@@ -14,6 +14,7 @@ from enum import Enum
 from invariants import check
 
 from hotset.scheduling.actions import Action, Load, Offload, Reject, Restore, Run, Unload
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.events import (
     Event,
     GpuJoined,
@@ -34,7 +35,7 @@ from hotset.scheduling.events import (
 from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.parking import ParkedSize
 from hotset.scheduling.policies import PolicySettings, make_policy
-from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.scheduling.scheduler import Scheduler
 from hotset.vocabulary import FailureKind, Gpu, Model, Profile, RejectReason, Request
 
 GIB = 1024**3

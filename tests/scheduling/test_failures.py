@@ -7,9 +7,9 @@ from scheduling_world import GIB, End, World, model
 
 from hotset.errors import InvariantError
 from hotset.scheduling.actions import Load
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.events import ProcessLost
 from hotset.scheduling.quarantine import QuarantineSettings
-from hotset.scheduling.scheduler import SchedulerConfig
 from hotset.vocabulary import FailureKind, RejectReason
 
 DEADLY = [kind for kind in FailureKind if kind is not FailureKind.ERROR]

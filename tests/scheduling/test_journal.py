@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from scheduling_world import World, model
 
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.journal import MOST_ALTERNATIVES, Alternative
 from hotset.scheduling.policies.interface import Rule
-from hotset.scheduling.scheduler import SchedulerConfig
 from hotset.vocabulary import RejectReason
 
 JOURNAL = SchedulerConfig(journal_capacity=100)

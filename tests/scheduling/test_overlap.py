@@ -7,9 +7,9 @@ from scheduling_world import GIB, End, World, model
 
 from hotset.scheduling import holders
 from hotset.scheduling.actions import Action, Load, Restore, Run, Unload
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.policies import POLICIES
 from hotset.scheduling.policies.interface import Rule
-from hotset.scheduling.scheduler import SchedulerConfig
 from hotset.vocabulary import FailureKind, RejectReason
 
 

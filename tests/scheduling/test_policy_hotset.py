@@ -8,12 +8,12 @@ from scheduling_world import End, World, model
 from hotset.scheduling.actions import Load, Unload
 from hotset.scheduling.cache import Resident
 from hotset.scheduling.cluster import Cluster
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.policies import POLICIES, PolicySettings, make_policy
 from hotset.scheduling.policies.hotset import Hotset, _load_on, _wait_for
 from hotset.scheduling.policies.interface import Placement, Rule
 from hotset.scheduling.prices import MOST_COMPARED, PricedResident, _cheap, _cheapest
 from hotset.scheduling.rates import LEAST_HISTORY_S, MEMORY_S, ArrivalRates
-from hotset.scheduling.scheduler import SchedulerConfig
 
 EXPLAINED = SchedulerConfig(journal_capacity=100)
 

@@ -7,8 +7,8 @@ from scheduling_world import End, World, model
 
 from hotset.errors import InvariantError
 from hotset.scheduling.actions import Load, Reject, Run
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.events import ModelLoaded, RequestArrived, RunFinished
-from hotset.scheduling.scheduler import SchedulerConfig
 from hotset.vocabulary import RejectReason, Request
 
 

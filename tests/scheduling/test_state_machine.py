@@ -16,13 +16,14 @@ from scheduling_world import GIB, Device, World, model
 from hotset.scheduling import holders
 from hotset.scheduling.actions import Action, Offload
 from hotset.scheduling.cluster import Cluster
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.events import Event
 from hotset.scheduling.eviction import EVICTIONS, make_eviction
 from hotset.scheduling.parking import ParkedSize
 from hotset.scheduling.policies import POLICIES, PolicySettings, make_policy
 from hotset.scheduling.policies.interface import Placement, Policy
 from hotset.scheduling.quarantine import QuarantineSettings
-from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.scheduling.scheduler import Scheduler
 from hotset.vocabulary import FailureKind
 
 NAMES = "abcdef"

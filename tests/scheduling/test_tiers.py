@@ -8,11 +8,11 @@ from scheduling_world import GIB, World, model
 from hotset.errors import InvariantError
 from hotset.scheduling.actions import Action, Load, Offload, Restore, Run, Unload
 from hotset.scheduling.cache import CacheManager
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.events import ProcessLost
 from hotset.scheduling.eviction.lru import Lru
 from hotset.scheduling.parking import ParkedSize
 from hotset.scheduling.policies import POLICIES
-from hotset.scheduling.scheduler import SchedulerConfig
 from hotset.vocabulary import FailureKind, Profile, Residency
 
 

@@ -6,9 +6,10 @@ import msgspec
 import pytest
 
 from hotset.errors import ConfigurationError, InvariantError
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.policies import make_policy
-from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.scheduling.scheduler import Scheduler
 from hotset.simulation.engine import Engine, Fault
 from hotset.simulation.experiment import ClusterSpec
 from hotset.simulation.hardware import PAPER_GPU_MEMORY_BYTES, Hardware, ModelCost, make_gpus, paper_costs

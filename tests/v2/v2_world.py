@@ -28,9 +28,10 @@ from hotset.gateway.v2.http import V2Http
 from hotset.gateway.v2.models import ModelRepository
 from hotset.gateway.v2.service import V2Service
 from hotset.node.interface import Answer, Call, LaunchSpec, NodeListener, ProcessReport
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.policies import make_policy
-from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.scheduling.scheduler import Scheduler
 from hotset.store.bundles import Bundles
 from hotset.store.datastore import FunctionRecord
 from hotset.store.environments import Environments

@@ -18,10 +18,11 @@ from hotset.cli.remote import Remote
 from hotset.errors import ConfigurationError, TraceError
 from hotset.functions.units import parse_bytes
 from hotset.gateway.state import TraceHeader, TraceRow
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.policies import make_policy
 from hotset.scheduling.policies.interface import PolicySettings
-from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.scheduling.scheduler import Scheduler
 from hotset.simulation.engine import Engine
 from hotset.simulation.hardware import Hardware, ModelCost
 from hotset.simulation.metrics import Recorder, RunMetrics

@@ -25,10 +25,11 @@ from hotset.gateway.v2_operations import V2_OPERATIONS
 from hotset.node.cpu import CpuPool
 from hotset.node.interface import Node
 from hotset.node.manager import LocalNode
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.policies import make_policy
 from hotset.scheduling.policies.interface import PolicySettings
-from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.scheduling.scheduler import Scheduler
 from hotset.store.bundles import Bundles
 from hotset.store.environments import Environments
 from hotset.store.secrets import Secrets

@@ -12,6 +12,7 @@ from hotset.scheduling.actions import Action, Outbox, Run
 from hotset.scheduling.admission import Admission, Refusal
 from hotset.scheduling.cache import CacheManager, EvictionPolicy
 from hotset.scheduling.cluster import Cluster, GpuState, Work
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.events import (
     Event,
     GpuJoined,
@@ -34,31 +35,11 @@ from hotset.scheduling.parking import ParkedSize, Room
 from hotset.scheduling.policies.interface import Policy, Rule
 from hotset.scheduling.prefetch import Prefetcher
 from hotset.scheduling.profiles import Profiles
-from hotset.scheduling.quarantine import Quarantine, QuarantineSettings
+from hotset.scheduling.quarantine import Quarantine
 from hotset.scheduling.queue import Entry, Place
 from hotset.scheduling.requests import OpenRequests
 from hotset.scheduling.transitions import Transitions
 from hotset.vocabulary import FailureKind, RejectReason
-
-
-class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds and switches. The defaults are the paper's system: unbounded queue, one request a run, no journal."""
-
-    max_queue: int | None = None
-    """Most requests that may wait; one more is rejected with QUEUE_FULL."""
-    max_queue_per_model: int | None = None
-    burst_s: float = 0.0
-    """Waiting requests of one model join a run while the run stays shorter than this, even if the model does not batch:
-    they run one after the other, and a decision is paid once for all of them. 0: never."""
-    max_burst: int = 64
-    max_attempts: int = 2
-    """Times a request may be tried when processes or GPUs are lost."""
-    journal_capacity: int = 0
-    host_memory_bytes: int = 0
-    """Of each node, for models that left a GPU but may come back (WARM); 0: they are unloaded (the paper)."""
-    overlap: bool = False
-    """Models are loaded while their GPU computes for others, some of them ahead; False: one thing at a time (paper)."""
-    quarantine: QuarantineSettings = QuarantineSettings()
 
 
 class _Loss(msgspec.Struct, frozen=True, gc=False):

@@ -17,10 +17,11 @@ from typing import Any
 import msgspec
 
 from hotset.errors import ConfigurationError, NodeError, TraceError, UnknownNameError
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.policies import make_policy
 from hotset.scheduling.policies.interface import PolicySettings
-from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.scheduling.scheduler import Scheduler
 from hotset.simulation.bounds import Yardsticks, yardsticks
 from hotset.simulation.engine import Engine, Fault
 from hotset.simulation.hardware import (

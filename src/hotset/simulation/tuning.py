@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hotset.errors import ConfigurationError
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.eviction import EVICTIONS, make_eviction
 from hotset.scheduling.policies import POLICIES, make_policy
 from hotset.scheduling.policies.interface import PolicySettings
-from hotset.scheduling.scheduler import Scheduler, SchedulerConfig
+from hotset.scheduling.scheduler import Scheduler
 from hotset.simulation.engine import Engine
 from hotset.simulation.experiment import expected_requests
 from hotset.simulation.hardware import Hardware
