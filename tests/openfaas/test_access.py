@@ -92,12 +92,10 @@ def checked(url: str, *allowed: str) -> None:
         "http://[fe80::1]/",
         "http://[::ffff:127.0.0.1]/",
         "http://[2002:7f00:1::]/",
-        "http://10.1.2.3/",
-        "http://192.168.0.1/",
-        "http://172.16.0.1/",
-        "http://100.64.0.1/",
+        "http://[64:ff9b::127.0.0.1]/",
+        "http://[fd00:ec2::254]/",
+        "http://100.100.100.200/",
         "http://224.0.0.1/",
-        "http://[fc00::1]/",
     ],
 )
 def test_a_callback_does_not_reach_what_its_caller_may_not(url):
@@ -110,6 +108,9 @@ def test_a_callback_does_not_reach_what_its_caller_may_not(url):
     ("url", "allowed"),
     [
         ("http://8.8.8.8/", ()),
+        ("http://10.1.2.3/", ()),
+        ("http://192.168.0.1/", ()),
+        ("http://[fc00::1]/", ()),
         ("https://[2001:4860:4860::8888]:8443/x?y=z", ()),
         ("http://10.1.2.3/", ("10.1.0.0/16",)),
         ("http://127.0.0.1:5000/", ("127.0.0.1",)),
@@ -117,8 +118,14 @@ def test_a_callback_does_not_reach_what_its_caller_may_not(url):
         ("http://localhost/", ("127.0.0.0/8", "::1/128")),
     ],
 )
-def test_public_addresses_and_those_that_are_allowed_may_be_called(url, allowed):
+def test_anything_but_this_machine_may_be_called_and_what_is_allowed(url, allowed):
     checked(url, *allowed)
+
+
+@pytest.mark.parametrize("url", ["http://8.8.8.8/", "http://10.2.0.1/", "http://127.0.0.1/", "http://[::1]/"])
+def test_once_some_are_allowed_no_others_are(url):
+    with pytest.raises(ConfigurationError, match="--allow-callbacks"):
+        checked(url, "app.example.com", "10.1.0.0/16")
 
 
 def test_all_hosts_below_a_name_can_be_allowed(monkeypatch):
@@ -172,7 +179,7 @@ def test_a_callback_that_cannot_be_delivered_says_why():
     async def story():
         callbacks = Callbacks(CallbackPolicy(["127.0.0.1"]), httpx.MockTransport(broken))
         assert "refused" in await callbacks.send("http://127.0.0.1/", [], b"")
-        assert "no public address" in await callbacks.send("http://10.0.0.1/", [], b"")
+        assert "may not be called back" in await callbacks.send("http://10.0.0.1/", [], b"")
         await callbacks.close()
 
     asyncio.run(story())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from kill_and_restart import serving
 
-from hotset.cli import credentials
+from hotset.cli import credentials, functions
 from hotset.cli.main import main
 from hotset.cli.stack import deployment, read_stack
 from hotset.errors import ConfigurationError
@@ -178,3 +179,19 @@ def test_a_stack_file_that_makes_no_sense_is_refused(tmp_path, text, problem):
         file.write_text(text)
     with pytest.raises(ConfigurationError, match=problem):
         read_stack(file)
+
+
+def test_followed_logs_are_asked_for_again_when_the_server_has_served_them_long_enough(monkeypatch):
+    monkeypatch.setattr(functions, "ASK_AGAIN_S", 0.0)
+    lines = [{"timestamp": f"2030-01-31T12:00:0{second}+00:00", "text": text} for second, text in enumerate("abcd")]
+    answers, asked = iter([lines[:1], lines[:1], lines[:3], lines[2:]]), []
+
+    class Server:
+        def lines(self, path, **query):
+            asked.append(query)
+            return next(answers)
+
+    seen = list(islice(functions._followed(Server(), {"name": "cat", "tail": 1}), 4))
+    assert [line["text"] for line in seen] == ["a", "b", "c", "d"]
+    assert asked[0] == {"name": "cat", "tail": 1}
+    assert asked[-1] == {"name": "cat", "tail": -1, "since": lines[2]["timestamp"]}

@@ -9,6 +9,8 @@ import httpx
 import pytest
 from faas_world import ALPINE, Faas, serving, until
 
+from hotset.gateway.logbook import Logbook
+
 CLI = {"user-agent": "faas-cli/0.18.12", "content-type": "application/json"}
 
 
@@ -183,6 +185,20 @@ def test_logs_have_the_watchdogs_lines(tmp_path):
             ({"name": "cat", "since": "x"}, 422),
         ):
             assert (await faas.get("/system/logs", **query)).status_code == status
+
+    serving(story, tmp_path)
+
+
+def test_followed_logs_end_by_themselves_with_all_that_was_printed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Logbook.follow, "__kwdefaults__", {"for_s": 0.0})
+
+    async def story(faas: Faas):
+        await deploy(faas, "cat", envProcess="cat")
+        await faas.http.post("/function/cat", content=b"hello")
+        await until(lambda: len(faas.control.logbook.tail("cat")) == 2)
+        query = {"follow": "true", "name": "cat", "tail": "-1"}
+        reply = await faas.http.get("/system/logs", params=query, headers=CLI)
+        assert (reply.status_code, len(reply.text.splitlines())) == (200, 2)
 
     serving(story, tmp_path)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import mimetypes
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from hotset.errors import ConfigurationError
 from hotset.functions.units import format_bytes
 
 JSON = "application/json"
+LOGS = "/system/logs"
+ASK_AGAIN_S = 0.2
 CALL_HEADERS = ("gpu", "cache", "queue-seconds", "load-seconds", "inference-seconds")
 
 
@@ -86,7 +90,7 @@ def describe(name: str, gateway: str, as_json: bool) -> None:
         *_state_rows(state),
         ("waiting", str(details["waiting"])),
         ("calls", str(function["invocationCount"])),
-        ("max batch", str(details["max_batch"])),
+        ("max batch", _batch(details)),
         ("timeout", f"{details['timeout_s']:g} s a run, {details['load_timeout_s']:g} s a load"),
         ("retry", "once, when its process died" if details["retry"] else "never"),
         ("requirements", ", ".join(details["requirements"]) or "none"),
@@ -99,6 +103,11 @@ def describe(name: str, gateway: str, as_json: bool) -> None:
     for key in ("envVars", "labels", "annotations"):
         rows += [(f"{key}: {name}", value) for name, value in function.get(key, {}).items()]
     print_rows(("", function["name"]), rows)
+
+
+def _batch(details: dict[str, Any]) -> str:
+    wait_s = details["max_batch_wait_s"]
+    return f"{details['max_batch']}, filled for up to {wait_s * 1e3:g} ms" if wait_s else str(details["max_batch"])
 
 
 def _state_rows(state: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -205,8 +214,25 @@ def logs(name: str, follow: bool, tail: int, since: str | None, gateway: str, as
     if since:
         query["since"] = since
     with Remote(gateway) as remote:
-        for line in remote.lines("/system/logs", **query):
+        for line in _followed(remote, query) if follow else remote.lines(LOGS, **query):
             click.echo(json.dumps(line) if as_json else f"{line['timestamp']} {line['text']}")
+
+
+def _followed(remote: Remote, query: dict[str, str | int]) -> Iterator[Any]:
+    """Lines for as long as there is somebody to read them: a server serves a follower for a while, then is asked again
+    from the last line on."""
+    newest: list[Any] = []  # all lines of the newest moment: they come again with the next answer
+    while True:
+        for line in remote.lines(LOGS, **query):
+            if line in newest:
+                continue
+            if newest and newest[0]["timestamp"] != line["timestamp"]:
+                newest.clear()
+            newest.append(line)
+            yield line
+        if newest:
+            query |= {"since": newest[0]["timestamp"], "tail": -1}
+        time.sleep(ASK_AGAIN_S)
 
 
 @click.command()

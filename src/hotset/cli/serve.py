@@ -107,7 +107,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     "--allow-callbacks",
     multiple=True,
     metavar="HOST|NETWORK",
-    help="Where callbacks may go beside public addresses; *: anywhere. Repeatable.",
+    help="The only places callbacks may go; default: any but this machine and link-local; *: any. Repeatable.",
 )
 @click.option(
     "--secrets-path",

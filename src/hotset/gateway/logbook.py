@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 import msgspec
 
 LINES_PER_FUNCTION = 2_000
+FOLLOW_S = 30.0
+"""How long followers are served: what faas-cli tells its users, and well before an OpenFaaS gateway cuts them off."""
 
 
 class LogLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,15 +44,24 @@ class Logbook:
         lines = [line for line in self._lines.get(name, ()) if line.timestamp_s >= since_s]
         return lines if most is None else lines[max(0, len(lines) - most) :]
 
-    async def follow(self, name: str, most: int | None = None, since_s: float = 0.0) -> AsyncIterator[LogLine]:
-        """The same lines, then each new one, until the logbook is closed."""
+    async def follow(
+        self, name: str, most: int | None = None, since_s: float = 0.0, *, for_s: float = FOLLOW_S
+    ) -> AsyncIterator[LogLine]:
+        """The same lines, then each new one, for ``for_s`` seconds or until the logbook is closed."""
         queue: asyncio.Queue[LogLine | None] = asyncio.Queue(self._most + 1)
         self._followers[queue] = name
+        time_s = asyncio.get_running_loop().time
+        until_s = time_s() + for_s
         try:
             for line in self.tail(name, most, since_s):
                 yield line
-            while not self._closed and (line_or_end := await queue.get()) is not None:
+            while not self._closed:
+                line_or_end = await asyncio.wait_for(queue.get(), until_s - time_s())
+                if line_or_end is None:
+                    return
                 yield line_or_end
+        except TimeoutError:
+            return
         finally:
             del self._followers[queue]
 

@@ -24,15 +24,21 @@ MAX_URL_CHARACTERS = 2_000
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
+METADATA = frozenset(ipaddress.ip_address(number) for number in ("fd00:ec2::254", "100.100.100.200"))
+"""Where clouds hand out a machine's credentials, beside the link-local 169.254.169.254."""
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
 class CallbackPolicy:
     """``allowed``: hosts (``app.example.com``; ``.example.com``: all below it), networks (``10.1.0.0/16``) or ``*``.
 
-    Beside them every public address may be called; loopback, link-local, private and other special ones may not.
+    None: anywhere but loopback and link-local addresses, which are the server's own and its cloud's.
     """
 
     def __init__(self, allowed: Sequence[str] = ()) -> None:
         """Raises ``ConfigurationError`` for an entry that is neither."""
         self._anything = "*" in allowed
+        self._default = not allowed
         self._hosts: set[str] = set()
         self._networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
         for entry in allowed:
@@ -66,7 +72,7 @@ class CallbackPolicy:
             for number in numbers:
                 if not self._number_allowed(ipaddress.ip_address(number)):
                     raise ConfigurationError(
-                        f"X-Callback-Url: {host[:100]} is no public address: allow it with --allow-callbacks"
+                        f"X-Callback-Url: {host[:100]} may not be called back: allow it with --allow-callbacks"
                     )
         return numbers[0]
 
@@ -77,9 +83,20 @@ class CallbackPolicy:
         )
 
     def _number_allowed(self, number: Address) -> bool:
-        if isinstance(number, ipaddress.IPv6Address):
-            number = number.ipv4_mapped or number.sixtofour or number
-        return any(number in network for network in self._networks) or (number.is_global and not number.is_multicast)
+        number = _plain(number)
+        if not self._default:
+            return any(number in network for network in self._networks)
+        own = number.is_loopback or number.is_link_local or number.is_unspecified
+        return not own and not number.is_multicast and number not in METADATA
+
+
+def _plain(number: Address) -> Address:
+    """The IPv4 number that an IPv6 one stands for, if it does."""
+    if isinstance(number, ipaddress.IPv4Address):
+        return number
+    if number in _NAT64:
+        return ipaddress.IPv4Address(int(number) & 0xFFFFFFFF)
+    return number.ipv4_mapped or number.sixtofour or number
 
 
 class Callbacks:

@@ -39,7 +39,7 @@ class AccessConfig(msgspec.Struct, frozen=True, kw_only=True):
     allow_local_images: bool = False
     """An image may be an absolute path on the server."""
     allow_callbacks: Sequence[str] = ()
-    """Hosts and networks that callbacks may go to beside public addresses (``CallbackPolicy``)."""
+    """Hosts and networks that callbacks may go to; none: anywhere but this machine (``CallbackPolicy``)."""
     secrets_path: Path | None = None
     """One folder that shows all functions' secrets, such as ``/var/openfaas/secrets``; None: one for each function."""
     profiles: Mapping[str, GpuProfile] = msgspec.field(default_factory=dict)
@@ -52,7 +52,8 @@ class AccessConfig(msgspec.Struct, frozen=True, kw_only=True):
             return
         if self.credentials is None:
             raise ConfigurationError(
-                f"{address} can be reached by others, and anybody could deploy code: give --auth FILE, or --insecure"
+                f"{address} can be reached by others, who could all deploy code here: give --auth FILE, or --insecure "
+                "where something in front asks who they are"
             )
 
 
