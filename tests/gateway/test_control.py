@@ -10,7 +10,7 @@ from gateway_world import GPU, MIB, World, run, version
 
 from hotset.gateway.calls import CallIds, PendingCall, StreamBroken
 from hotset.gateway.control import LOOK_AFTER_S, ControlConfig
-from hotset.gateway.readings import gpu_metrics, problem, waiting
+from hotset.gateway.readings import gpu_metrics, losses, problem, waiting
 from hotset.node.interface import Answer, Call
 from hotset.scheduling.config import SchedulerConfig
 from hotset.vocabulary import FailureKind
@@ -288,7 +288,12 @@ def test_a_lost_gpu_fails_nothing_while_there_is_another():
         world.node.lose_gpu(GPU, "fell off the bus")
         results = [await world.finish(each) for each in pending]
         assert [each.body for each in results] == [b"0", b"1", b"2", b"3"]
-        assert problem(world.control) == f"GPU {GPU} is lost: fell off the bus"
+        assert problem(world.control) is None
+        assert losses(world.control) == [f"GPU {GPU} is lost: fell off the bus"]
+        (other,) = world.control.scheduler.cluster.gpus
+        world.node.lose_gpu(other, "so did this")
+        await world.advance(0.0)
+        assert "every GPU is lost" in str(problem(world.control))
 
     run(story)
 

@@ -95,7 +95,7 @@ def test_a_recorded_trace_can_be_replayed(tmp_path):
 def test_metrics_are_prometheus_text():
     async def story():
         control = (await busy_world()).control
-        collector = HotsetCollector(list(control.functions.metrics()), gpu_metrics(control), waiting(control))
+        collector = HotsetCollector(list(control.functions.metrics()), gpu_metrics(control), waiting(control), ["gone"])
         body, content_type = exposition(collector)
         lines = body.decode().splitlines()
         assert content_type.startswith("text/plain")
@@ -110,6 +110,8 @@ def test_metrics_are_prometheus_text():
             'hotset_evictions_total{function="dog"} 0.0',
             'hotset_queue_length{function="dog"} 1.0',
             f'hotset_gpu_memory_used_bytes{{gpu="{GPU}"}} 1.8874368e+08',
+            f'hotset_gpu_up{{gpu="{GPU}"}} 1.0',
+            'hotset_gpu_up{gpu="gone"} 0.0',
             f'hotset_gpu_busy_ratio{{gpu="{GPU}"}} 1.0',
         ):
             assert line in lines, line

@@ -4,13 +4,14 @@ Exported (docs/operations.md): ``hotset_requests_total``, ``hotset_request_secon
 ``hotset_load_seconds_total``, ``hotset_inference_seconds_total``, ``hotset_hits_total``, ``hotset_restores_total``,
 ``hotset_misses_total``, ``hotset_false_misses_total``, ``hotset_offloads_total``, ``hotset_evictions_total`` and
 ``hotset_queue_length`` by function;
-``hotset_gpu_memory_used_bytes``, ``hotset_gpu_memory_capacity_bytes`` and ``hotset_gpu_busy_ratio`` by GPU.
+``hotset_gpu_up``, ``hotset_gpu_memory_used_bytes``, ``hotset_gpu_memory_capacity_bytes`` and ``hotset_gpu_busy_ratio``
+by GPU.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -132,12 +133,17 @@ class HotsetCollector:
     """Turns the counters into Prometheus families at scrape time."""
 
     def __init__(
-        self, functions: Sequence[FunctionMetrics], gpus: Sequence[GpuMetrics], waiting: Mapping[str, int]
+        self,
+        functions: Sequence[FunctionMetrics],
+        gpus: Sequence[GpuMetrics],
+        waiting: Mapping[str, int],
+        lost_gpus: Collection[str] = (),
     ) -> None:
-        """``waiting``: function -> calls whose run has not begun."""
+        """``waiting``: function -> calls whose run has not begun. ``lost_gpus``: by their ids, not among ``gpus``."""
         self._functions = functions
         self._gpus = gpus
         self._waiting = waiting
+        self._lost_gpus = lost_gpus
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -160,14 +166,18 @@ class HotsetCollector:
         for function, count in self._waiting.items():
             length.add_metric([function], count)
         yield length
+        up = GaugeMetricFamily("hotset_gpu_up", "1 while the GPU serves, 0 once it is lost.", labels=["gpu"])
+        for gpu_id in self._lost_gpus:
+            up.add_metric([gpu_id], 0)
         capacity = GaugeMetricFamily("hotset_gpu_memory_capacity_bytes", "What models may use.", labels=["gpu"])
         used = GaugeMetricFamily("hotset_gpu_memory_used_bytes", "What models use or have reserved.", labels=["gpu"])
         busy = GaugeMetricFamily("hotset_gpu_busy_ratio", "Share of the last second spent computing.", labels=["gpu"])
         for gpu in self._gpus:
+            up.add_metric([gpu.gpu_id], 1)
             capacity.add_metric([gpu.gpu_id], gpu.capacity_bytes)
             used.add_metric([gpu.gpu_id], gpu.used_bytes)
             busy.add_metric([gpu.gpu_id], gpu.busy_ratio)
-        yield from (capacity, used, busy)
+        yield from (up, capacity, used, busy)
 
 
 def cumulative(bounds: Sequence[float], buckets: Sequence[int]) -> list[tuple[str, float]]:

@@ -11,14 +11,19 @@ from hotset.vocabulary import Profile
 
 
 def problem(control: Control) -> str | None:
-    """One sentence on why the server is not healthy; None: every node can start processes, no GPU is lost."""
-    for gpu_id, reason in control.lost_gpus.items():
-        return f"GPU {gpu_id} is lost: {reason}"
+    """One sentence on why the server is of no use; None: GPU processes can be started on some GPU."""
     if not control.accepting:
         return "the server is shutting down"
-    if not all(node.healthy() for node in control.nodes):
-        return "a node cannot start a GPU process: see the server's log"
+    if control.lost_gpus and not control.scheduler.cluster.gpus:
+        return f"every GPU is lost ({'; '.join(losses(control))}): see the driver's log, then restart the server"
+    if control.nodes and not any(node.healthy() for node in control.nodes):
+        return "the server cannot start a GPU process: see its log"
     return None
+
+
+def losses(control: Control) -> list[str]:
+    """A sentence on each GPU that was lost since the start."""
+    return [f"GPU {gpu_id} is lost: {reason}" for gpu_id, reason in control.lost_gpus.items()]
 
 
 def waiting(control: Control) -> dict[str, int]:

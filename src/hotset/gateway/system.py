@@ -63,8 +63,10 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Of a bundle that is here."""
 
 
-class Health(msgspec.Struct, frozen=True, kw_only=True):
+class Health(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     status: str
+    losses: list[str] = []
+    """What no longer works although the server does: a sentence on each lost GPU."""
 
 
 class SystemApi:
@@ -300,7 +302,7 @@ class SystemApi:
         wrong = readings.problem(self._control)
         if wrong is not None:
             return Response(error_body(wrong), status_code=503, media_type=JSON)
-        return json_response(Health(status="ok"))
+        return json_response(Health(status="ok", losses=readings.losses(self._control)))
 
     async def metrics(self, request: Request) -> Response:
         control = self._control
@@ -313,7 +315,7 @@ class SystemApi:
             )
             for record in self._deployments.records.values()
         ]
-        own = HotsetCollector(functions, readings.gpu_metrics(control), readings.waiting(control))
+        own = HotsetCollector(functions, readings.gpu_metrics(control), readings.waiting(control), control.lost_gpus)
         body, content_type = exposition(own, GatewayCollector(functions, gauges), self._provider_metrics)
         return Response(body, headers={"content-type": content_type})
 
