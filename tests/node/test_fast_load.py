@@ -139,6 +139,117 @@ def test_tied_weights_stay_equal() -> None:
     assert torch.equal(net.words.weight, state["words.weight"])
 
 
+class Layers(torch.nn.Module):
+    """Layers that are alike, and some that nearly are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = torch.nn.ModuleList(
+            torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0) for _ in range(3)
+        )
+        self.nearly = torch.nn.ModuleList(
+            [
+                torch.nn.Linear(8, 8),
+                torch.nn.Linear(8, 8, bias=False),
+                torch.nn.Linear(8, 8, dtype=torch.float64),
+                torch.nn.BatchNorm1d(8),
+                torch.nn.BatchNorm1d(8),
+                torch.nn.BatchNorm1d(8, affine=False),
+                torch.nn.LSTM(8, 8),
+                torch.nn.LSTM(8, 8),
+            ]
+        )
+
+
+def names_and_values(module: torch.nn.Module) -> list[tuple[object, ...]]:
+    """All that a module is, in order, but for its parameters' values."""
+    return [
+        (name, type(part), part.extra_repr(), sorted(vars(part)), list(part._parameters), list(part._buffers))
+        for name, part in module.named_modules()
+    ]
+
+
+def test_copied_layers_are_what_built_ones_are() -> None:
+    torch.manual_seed(3)
+    ordinary = Layers()
+    state = ordinary.state_dict()
+    with fast_load():
+        fast = Layers()
+        assert names_and_values(fast) == names_and_values(ordinary)
+        parameters = list(fast.parameters())
+        assert len({id(each) for each in parameters}) == len({each.data_ptr() for each in parameters})
+        fast.load_state_dict(state)
+    for one, other in zip(ordinary.parameters(), fast.parameters(), strict=True):
+        assert (one.dtype, one.requires_grad) == (other.dtype, other.requires_grad)
+        assert torch.equal(one, other)
+    words = torch.randn(1, 4, 8)
+    with torch.inference_mode():
+        for one, other in zip(ordinary.eval().same, fast.eval().same, strict=True):
+            assert torch.equal(one(words), other(words))
+        assert torch.equal(ordinary.nearly[6](words)[0], fast.nearly[6](words)[0])
+    fast.same[0].linear1.weight.data.zero_()
+    assert fast.same[1].linear1.weight.any()
+
+
+def test_layers_are_built_as_ever_where_building_means_more() -> None:
+    with fast_load():
+        first = torch.nn.Linear(3, 3)
+        with torch.device("meta"):
+            assert torch.nn.Linear(3, 3).weight.is_meta
+        hook = torch.nn.modules.module.register_module_parameter_registration_hook(
+            lambda module, name, parameter: torch.nn.Parameter(torch.ones_like(parameter))
+        )
+        try:
+            assert torch.equal(torch.nn.Linear(3, 3).weight, torch.ones(3, 3))
+        finally:
+            hook.remove()
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert torch.nn.Linear(3, 3).weight.dtype is torch.float64
+        finally:
+            torch.set_default_dtype(torch.float32)
+        del first
+
+
+def test_a_state_in_parts_is_bound_part_by_part(weights: Path) -> None:
+    state = load_file(weights)
+    head = {name: state.pop(name) for name in list(state) if name.startswith("conv")}
+    ordinary = Net().load_state_dict(state, strict=False)
+    with fast_load():
+        net = Net()
+        fast = net.load_state_dict(state, strict=False)
+        net.load_state_dict(head, strict=False)
+    assert (fast.missing_keys, fast.unexpected_keys) == (ordinary.missing_keys, [])
+    assert net.conv.weight.data_ptr() == head["conv.weight"].data_ptr()
+    assert net.words.weight.data_ptr() == state["words.weight"].data_ptr()
+
+
+def test_a_module_with_its_own_way_of_loading_is_asked() -> None:
+    class Doubled(torch.nn.Linear):
+        def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *rest: object) -> None:
+            state_dict[f"{prefix}weight"] = 2 * state_dict[f"{prefix}weight"]
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    with fast_load():
+        net = torch.nn.Sequential(Doubled(2, 2, bias=False))
+        net.load_state_dict({"0.weight": torch.ones(2, 2)})
+    assert torch.equal(net[0].weight, torch.full((2, 2), 2.0))
+
+
+def test_a_pt_file_is_mapped(weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    torch.save(load_file(weights), path)
+    with fast_load():
+        net = Net()
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        mapped = Path("/proc/self/maps").read_text()
+        old = tmp_path / "old.pt"
+        torch.save({"a": torch.ones(2)}, old, _use_new_zipfile_serialization=False)
+        assert torch.equal(torch.load(old)["a"], torch.ones(2))
+    assert str(path) in mapped
+    assert torch.equal(net.words.weight, load_file(weights)["words.weight"])
+
+
 def test_without_torch_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with fast_load():

@@ -1,9 +1,14 @@
 """Loads of torch models without the work that a ``load_state_dict`` makes pointless.
 
-A ``load`` that builds a module and then loads its weights pays three times: for random numbers that nobody will see,
-for memory to put them in, and for a copy of the weights into that memory. While a function loads, ``fast_load`` skips
-the initialisation of parameters (``torch.nn.init``) and lets ``load_state_dict`` take the state's own tensors in place
-of copying them; with safetensors those are pages of the file itself, shared by all processes of the machine.
+A ``load`` that builds a module and then loads its weights pays four times: for Python that finds out the same for every
+layer, for random numbers that nobody will see, for memory to put them in, and for a copy of the weights into that
+memory. While a function loads, ``fast_load``
+
+- copies layers that are like one before (``module_templates.py``),
+- skips the initialisation of parameters (``torch.nn.init``),
+- maps files of tensors in place of reading them (``tensor_files.py``),
+- and lets ``load_state_dict`` bind the state's own tensors, which are pages of the file that all processes of the
+  machine share, in place of copying them.
 
 That is only right if no skipped initialisation shows in the end. So every parameter whose initialisation was skipped is
 watched: if one is still alive when ``load`` returns and was not loaded, ``Incomplete`` is raised, and the caller loads
@@ -18,22 +23,15 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from hotset.node.worker.module_templates import LAYERS, Templates
+from hotset.node.worker.tensor_files import MappedFile, Unreadable, is_zip
+
 _INITIALISERS = (
-    "uniform_",
-    "normal_",
-    "trunc_normal_",
-    "constant_",
-    "ones_",
-    "zeros_",
-    "eye_",
-    "dirac_",
-    "xavier_uniform_",
-    "xavier_normal_",
-    "kaiming_uniform_",
-    "kaiming_normal_",
-    "orthogonal_",
-    "sparse_",
+    *("uniform_", "normal_", "trunc_normal_", "constant_", "ones_", "zeros_", "eye_", "dirac_"),
+    *("xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_", "orthogonal_", "sparse_"),
 )
+_THEIR_USERS = ("torch.nn.init", "torch.nn.modules.activation")
+"""Modules whose own names for them are replaced: all that torch's layers call them by."""
 
 
 class Incomplete(Exception):
@@ -48,6 +46,10 @@ class _Watched:
 
     def skipped(self, tensor: Any) -> None:
         self._tensors[id(tensor)] = weakref.ref(tensor)
+
+    def was_skipped(self, tensor: Any) -> bool:
+        reference = self._tensors.get(id(tensor))
+        return reference is not None and reference() is tensor
 
     def loaded(self, tensor: Any) -> None:
         self._tensors.pop(id(tensor), None)
@@ -66,12 +68,19 @@ def fast_load() -> Iterator[None]:
         return
     watched = _Watched()
     with contextlib.ExitStack() as patches:
-        for name in _INITIALISERS:
-            original = getattr(torch.nn.init, name, None)
-            if original is not None:
-                patches.enter_context(_replaced(torch.nn.init, name, _skipping(original, torch.nn.Parameter, watched)))
+        for user in filter(None, map(sys.modules.get, _THEIR_USERS)):
+            for name in _INITIALISERS:
+                if (original := vars(user).get(name)) is not None:
+                    patches.enter_context(_replaced(user, name, _skipping(original, torch.nn.Parameter, watched)))
+        templates = Templates(watched.was_skipped, watched.skipped)
+        for kind in filter(None, (getattr(torch.nn, name, None) for name in LAYERS)):
+            patches.enter_context(_replaced(kind, "__init__", templates.building(kind)))
         module = torch.nn.Module
         patches.enter_context(_replaced(module, "load_state_dict", _binding(module.load_state_dict, watched)))
+        patches.enter_context(_replaced(torch, "load", _mapping(torch.load)))
+        safetensors = sys.modules.get("safetensors.torch")
+        if safetensors is not None:
+            patches.enter_context(_replaced(safetensors, "safe_open", _opening(safetensors.safe_open)))
         yield
     left = watched.alive()
     if left:
@@ -80,12 +89,16 @@ def fast_load() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    own = name in vars(owner)
     original = getattr(owner, name)
     setattr(owner, name, replacement)
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
 
 
 def _skipping(original: Callable[..., Any], parameter: type, watched: _Watched) -> Callable[..., Any]:
@@ -100,19 +113,85 @@ def _skipping(original: Callable[..., Any], parameter: type, watched: _Watched) 
     return initialise
 
 
+def _mapping(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``torch.load`` that maps a file it can map, unless it is told whether to."""
+
+    def load(f: Any, map_location: Any = None, pickle_module: Any = None, **kwargs: Any) -> Any:
+        if str(map_location) in ("None", "cpu") and "mmap" not in kwargs and is_zip(f):
+            kwargs["mmap"] = True
+        return original(f, map_location, pickle_module, **kwargs)
+
+    return load
+
+
+def _opening(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``safe_open`` that maps the file where its tensors are to be on the CPU."""
+
+    def safe_open(filename: Any, framework: str, device: Any = "cpu", **kwargs: Any) -> Any:
+        if str(device) == "cpu" and framework == "pt" and kwargs.get("backend", "mmap") == "mmap":
+            with contextlib.suppress(Unreadable, OSError):
+                return MappedFile(filename)
+        return original(filename, framework, device, **kwargs)
+
+    return safe_open
+
+
 def _binding(original: Callable[..., Any], watched: _Watched) -> Callable[..., Any]:
     """A ``load_state_dict`` that binds the state's tensors where they are what the module has but for their values."""
+    incompatible = sys.modules["torch"].nn.modules.module._IncompatibleKeys
 
     def load_state_dict(module: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        alike = all(_alike(own[name], tensor) for name, tensor in state_dict.items() if name in own)
-        result = original(module, state_dict, strict=strict, assign=assign or alike)
+        own = _plain_state(module)
+        missing = [] if own is None else [name for name in own if name not in state_dict]
+        if own is None or assign or not _binds(own, state_dict) or (missing and strict) or _has_counter(missing):
+            own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            alike = all(_alike(own[name], tensor) for name, tensor in state_dict.items() if name in own)
+            result = original(module, state_dict, strict=strict, assign=assign or alike)
+        else:
+            for name, tensor in state_dict.items():
+                own[name].data = tensor
+            result = incompatible(missing, [])
         for name in state_dict:
             if name in own:
                 watched.loaded(own[name])
         return result
 
     return load_state_dict
+
+
+def _binds(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> bool:
+    return all(name in own and _alike(own[name], tensor) for name, tensor in state_dict.items())
+
+
+def _has_counter(missing: list[str]) -> bool:
+    """Old states have none of a norm layer's counters, which it forgives."""
+    return any(name.endswith("num_batches_tracked") for name in missing)
+
+
+def _plain_state(module: Any) -> dict[str, Any] | None:
+    """A module's parameters and persistent buffers, by their names in a state and in its order; None: a part of it has
+    its own ways of loading."""
+    torch = sys.modules["torch"]
+    base, norm = torch.nn.Module, torch.nn.modules.batchnorm._NormBase
+    ways = (base._load_from_state_dict, norm._load_from_state_dict)
+    own: dict[str, Any] = {}
+    parts = [("", module)]
+    while parts:
+        prefix, part = parts.pop()
+        kind = type(part)
+        if kind._load_from_state_dict not in ways or kind.set_extra_state is not base.set_extra_state:
+            return None
+        if part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks:
+            return None
+        for name, tensor in part._parameters.items():
+            if tensor is not None:
+                own[prefix + name] = tensor
+        for name, tensor in part._buffers.items():
+            if tensor is not None and name not in part._non_persistent_buffers_set:
+                own[prefix + name] = tensor
+        children = [(f"{prefix}{name}.", child) for name, child in part._modules.items() if child is not None]
+        parts.extend(reversed(children))
+    return own
 
 
 def _alike(own: Any, tensor: Any) -> bool:

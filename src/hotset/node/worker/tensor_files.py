@@ -1,0 +1,121 @@
+"""Files of tensors, mapped: their pages are the machine's page cache, shared by all processes, and private to none.
+
+The safetensors format is a u64 length, a JSON table of that many bytes (name -> dtype, shape, offsets), and the bytes
+(https://github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+_LENGTH = struct.Struct("<Q")
+MOST_HEADER_BYTES = 100 << 20
+"""As the format's own reader has it."""
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+class Unreadable(Exception):
+    """Not a file that can be mapped as it is; its own reader may know better, or say what is wrong."""
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+class MappedFile:
+    """A safetensors file as tensors on the CPU that are views of its pages. Writing to one changes no file.
+
+    Has the methods of ``safetensors.safe_open`` that ``safetensors.torch.load_file`` needs. Raises ``Unreadable``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        torch = sys.modules["torch"]
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= _LENGTH.size:
+                raise Unreadable("it is too short")
+            self._map = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        (length,) = _LENGTH.unpack_from(self._map)
+        self._begin = _LENGTH.size + length
+        if length > min(MOST_HEADER_BYTES, size - _LENGTH.size):
+            raise Unreadable("its header is longer than it")
+        # All of it, at once: the disk reads ahead of whoever touches the first page.
+        self._map.madvise(mmap.MADV_WILLNEED)
+        try:
+            table = msgspec.json.decode(self._map[_LENGTH.size : self._begin], type=dict[str, msgspec.Raw])
+            self._metadata = msgspec.json.decode(table.pop("__metadata__", b"{}"), type=dict[str, str])
+            entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in table.items()}
+        except msgspec.DecodeError as error:
+            raise Unreadable(str(error)) from None
+        self._tensors: dict[str, Any] = {}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+            self._tensors[name] = self._view(torch, entry, size)
+
+    def _view(self, torch: Any, entry: _Entry, size: int) -> Any:
+        dtype = getattr(torch, _DTYPES.get(entry.dtype, ""), None)
+        if dtype is None:
+            raise Unreadable(f"{entry.dtype} is not known here")
+        first, last = entry.data_offsets
+        count = math.prod(entry.shape)
+        fits = 0 <= first <= last <= size - self._begin and count * dtype.itemsize == last - first
+        if not fits or min(entry.shape, default=0) < 0:
+            raise Unreadable("its table does not fit its bytes")
+        if not count:
+            return torch.empty(entry.shape, dtype=dtype)
+        if (self._begin + first) % dtype.itemsize:
+            raise Unreadable("its tensors are not aligned")
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._begin + first).view(entry.shape)
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    offset_keys = keys
+
+    def metadata(self) -> dict[str, str]:
+        return self._metadata
+
+    def get_tensor(self, name: str) -> Any:
+        return self._tensors[name]
+
+    def get_tensors(self) -> dict[str, Any]:
+        """All of them, in the order they have in the file."""
+        return dict(self._tensors)
+
+    def __enter__(self) -> MappedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The pages stay mapped as long as a tensor is there."""
+
+
+def is_zip(path: Any) -> bool:
+    """Whether a ``torch.save`` file has the format that can be mapped."""
+    if not isinstance(path, str | Path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError:
+        return False
