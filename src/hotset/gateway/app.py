@@ -1,7 +1,8 @@
 """The front door: a bare ASGI callable for ``/function/NAME``, and Starlette for everything else.
 
 The inference path has no framework, no validation and no task of its own per call (uvicorn has made one already): it
-reads the body, hands it to the control loop and writes what comes back. Bodies are decoded in the worker.
+reads the body, hands it to the control loop and writes what comes back. Bodies are decoded in the worker. Everyday
+calls need not even uvicorn's task: direct.py hands them in and writes their answers, by the same methods.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from hotset.functions.codecs import V2
 from hotset.functions.http_envelope import REQUEST
-from hotset.gateway.calls import CallRecord, Chunks, PendingCall, Receive, Result, StreamBroken
+from hotset.gateway.calls import CallRecord, Chunks, Deliver, PendingCall, Receive, Result, StreamBroken
 from hotset.gateway.control import Control
+from hotset.gateway.functions import Version
 from hotset.gateway.openfaas.invocation import forwarded, is_process, is_response, opened, request_envelope
 from hotset.gateway.openfaas.naming import DEFAULT_NAMESPACE
 from hotset.gateway.statuses import error_body
@@ -30,12 +32,20 @@ _NAME_AT = len(PREFIX)
 _SHORT_LENGTH = 3
 """A Content-Length of so many digits needs no look before the body is there."""
 _CLOSE = (b"connection", b"close")
-_NO_TIME = b"0.000000"
 _INTERNAL = (b"x-openfaas-internal", b"hotset")
 """On errors that the platform made: its client's code is not to blame, nor the function's."""
-_HIT = (b"x-hotset-cache", b"hit")
-_WARM = (b"x-hotset-cache", b"warm")
-_MISS = (b"x-hotset-cache", b"miss")
+_INTERNAL_LINE = b"%b: %b\r\n" % _INTERNAL
+_REPORT = (
+    b"content-type: %b\r\n"
+    b"x-call-id: %b\r\n"
+    b"x-start-time: %d\r\n"
+    b"x-hotset-queue-seconds: %.6f\r\n"
+    b"x-hotset-load-seconds: %.6f\r\n"
+    b"x-hotset-inference-seconds: %.6f\r\n"
+    b"x-duration-seconds: %.6f\r\n"
+)
+_PLACE = b"x-hotset-gpu: %b\r\nx-hotset-cache: %b\r\n"
+_HIT, _WARM, _MISS = b"hit", b"warm", b"miss"
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _ALLOW = (b"allow", ", ".join(sorted(METHODS)).encode())
 DEFAULT_MAX_BODY_BYTES = 64 << 20
@@ -88,12 +98,32 @@ class Gateway:
             if is_response(pending.version, result):
                 await self._pass_on(result, send)
             elif result.chunks is None:
-                await self._answer(result, send)
+                headers = as_headers(self.head(result))
+                await send({"type": "http.response.start", "status": result.record.status, "headers": headers})
+                await send({"type": "http.response.body", "body": result.body})
             else:
-                await self._stream(result, result.chunks, send)
+                await self.stream(result, result.chunks, send)
         except asyncio.CancelledError:
             self._control.cancel(pending)
             raise
+
+    def hand_in(self, scope: Scope, body: bytes, deliver: Deliver) -> PendingCall | None:
+        """Hand in a POST whose body is here; ``deliver`` gets its result, as ``Control.submit`` says.
+
+        None: it is refused, or goes to a function that speaks HTTP itself: ``__call__`` answers it.
+        """
+        version = self._control.functions.current.get(scope["path"][_NAME_AT:])
+        if version is None or is_process(version):
+            return None
+        try:
+            self._check_room(len(body))
+            return self._hand_in(version, dict(scope["headers"]), body, deliver=deliver)
+        except BodyError:
+            return None
+
+    def cancel(self, pending: PendingCall) -> None:
+        """Its client left."""
+        self._control.cancel(pending)
 
     async def _submit(self, scope: Scope, receive: Receive) -> PendingCall | None:
         """Read the request and hand it in; None: the client left before it was read."""
@@ -118,24 +148,36 @@ class Gateway:
             body = rest
         else:
             self._check_room(len(body))
-        timeout = headers.get(b"x-hotset-timeout")
-        content_type = headers.get(b"content-type", b"").decode("latin-1")
         version = control.functions.current.get(function)
-        if version is not None and is_process(version):
-            body, content_type = self._envelope(scope, body), REQUEST
-        elif content_type.startswith(V2):
+        if version is None:
+            raise _unknown(function)
+        if is_process(version):
+            headers[b"content-type"] = REQUEST.encode()
+            body = self._envelope(scope, body)
+        return self._hand_in(version, headers, body, receive=receive)
+
+    def _hand_in(
+        self,
+        version: Version,
+        headers: Mapping[bytes, bytes],
+        body: bytes,
+        *,
+        receive: Receive | None = None,
+        deliver: Deliver | None = None,
+    ) -> PendingCall:
+        content_type = headers.get(b"content-type", b"").decode("latin-1")
+        if content_type.startswith(V2):
             raise BodyError(415, "inference requests of the v2 protocol go to /v2/models/NAME/infer")
-        try:
-            return control.submit(
-                function,
-                body,
-                content_type,
-                headers.get(b"accept", b"*/*").decode("latin-1"),
-                timeout_s=None if timeout is None else _seconds(timeout),
-                receive=receive,
-            )
-        except KeyError:
-            raise _unknown(function) from None
+        timeout = headers.get(b"x-hotset-timeout")
+        return self._control.submit(
+            version.function,
+            body,
+            content_type,
+            headers.get(b"accept", b"*/*").decode("latin-1"),
+            timeout_s=None if timeout is None else _seconds(timeout),
+            receive=receive,
+            deliver=deliver,
+        )
 
     def _envelope(self, scope: Scope, body: bytes) -> bytes:
         """The whole request, for a function that speaks HTTP itself."""
@@ -186,16 +228,6 @@ class Gateway:
                 429, "the server holds too many bytes of other calls: try again later", _CLOSE, (b"retry-after", b"1")
             )
 
-    async def _answer(self, result: Result, send: Send) -> None:
-        headers = self._headers(result.record, result.content_type)
-        headers.append((b"content-length", b"%d" % len(result.body)))
-        if result.retry_after_s is not None:
-            headers.append((b"retry-after", b"%d" % math.ceil(result.retry_after_s)))
-        if result.internal:
-            headers.append(_INTERNAL)
-        await send({"type": "http.response.start", "status": result.record.status, "headers": headers})
-        await send({"type": "http.response.body", "body": result.body})
-
     async def _pass_on(self, result: Result, send: Send) -> None:
         """Answer with the response that a process function gave."""
         if result.chunks is None:
@@ -222,12 +254,12 @@ class Gateway:
         await send({"type": "http.response.body", "body": b""})
 
     def _response_headers(self, record: CallRecord, given: list[tuple[str, str]]) -> Headers:
-        ours = self._headers(record, "")[1:]  # the type is the function's
+        ours = as_headers(self._report(record, ""))[1:]  # the type is the function's
         return [*((name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in given), *ours]
 
-    async def _stream(self, result: Result, chunks: Chunks, send: Send) -> None:
+    async def stream(self, result: Result, chunks: Chunks, send: Send) -> None:
         """Pass a streamed answer on; one that breaks off ends with an error item and a closed connection."""
-        headers = self._headers(result.record, result.content_type)
+        headers = as_headers(self._report(result.record, result.content_type))
         await send({"type": "http.response.start", "status": result.record.status, "headers": headers})
         try:
             async for chunk in chunks:
@@ -238,21 +270,34 @@ class Gateway:
             return
         await send({"type": "http.response.body", "body": b""})
 
-    def _headers(self, record: CallRecord, content_type: str) -> Headers:
-        """What happened to the call. An answer's first chunk knows no inference time yet."""
-        headers: Headers = [
-            (b"content-type", content_type.encode("latin-1", "replace")),
-            (b"x-call-id", self._control.ids.public_bytes(record.request_id)),
-            (b"x-start-time", b"%d" % self._control.unix_ns(record.arrival_s)),
-            (b"x-hotset-queue-seconds", b"%.6f" % record.queue_s),
-            (b"x-hotset-load-seconds", b"%.6f" % record.load_s if record.load_s else _NO_TIME),
-            (b"x-hotset-inference-seconds", b"%.6f" % record.inference_s),
-            (b"x-duration-seconds", b"%.6f" % record.duration_s),
-        ]
+    def head(self, result: Result) -> bytes:
+        """Header lines of an answer that is whole, each with its line end."""
+        head = b"%bcontent-length: %d\r\n" % (self._report(result.record, result.content_type), len(result.body))
+        if result.retry_after_s is not None:
+            head += b"retry-after: %d\r\n" % math.ceil(result.retry_after_s)
+        return head + _INTERNAL_LINE if result.internal else head
+
+    def _report(self, record: CallRecord, content_type: str) -> bytes:
+        """Header lines that say what happened to the call. An answer's first chunk knows no inference time yet."""
+        control = self._control
+        lines = _REPORT % (
+            content_type.encode("latin-1", "replace"),
+            control.ids.public_bytes(record.request_id),
+            control.unix_ns(record.arrival_s),
+            record.queue_s,
+            record.load_s,
+            record.inference_s,
+            record.duration_s,
+        )
         if record.gpu_id:
-            headers.append((b"x-hotset-gpu", record.gpu_id.encode()))
-            headers.append(_HIT if record.hit else _WARM if record.warm else _MISS)
-        return headers
+            return lines + _PLACE % (record.gpu_id.encode(), _HIT if record.hit else _WARM if record.warm else _MISS)
+        return lines
+
+
+def as_headers(lines: bytes) -> Headers:
+    """Header lines as ASGI has them."""
+    pairs = (line.split(b": ", 1) for line in lines.splitlines())
+    return [(name, value) for name, value in pairs]
 
 
 async def _respond(send: Send, error: BodyError) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from hotset.errors import ConfigurationError
-from hotset.gateway.app import Application, Scope, Send
+from hotset.gateway.app import Application, Headers, Scope, Send
 from hotset.gateway.calls import Receive
 from hotset.gateway.openfaas.naming import key_of
 from hotset.gateway.statuses import error_body
@@ -121,7 +121,7 @@ class Guard:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        refusal = self._refusal(scope["path"], scope["headers"]) if scope["type"] == "http" else None
         if refusal is None:
             await self._application(scope, receive, send)
             return
@@ -130,20 +130,19 @@ class Guard:
         await send({"type": "http.response.start", "status": 401, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    def admits(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> bool:
-        """Whether a request for this path that shows these headers may be made; for doors that are not HTTP."""
-        return self._refusal({"path": path, "headers": list(headers)}) is None
+    def admits(self, path: str, headers: Headers) -> bool:
+        """Whether a request for this path that shows these headers may be made; for doors beside this one."""
+        return self._refusal(path, headers) is None
 
-    def _refusal(self, scope: Scope) -> tuple[bytes, list[tuple[bytes, bytes]]] | None:
-        path: str = scope["path"]
-        if self._credentials is not None and _under(path, PROTECTED):
-            if self._credentials.match(_header(scope, b"authorization")):
+    def _refusal(self, path: str, headers: Headers) -> tuple[bytes, Headers] | None:
+        if self._credentials is not None and path.startswith(PROTECTED) and _under(path, PROTECTED):
+            if self._credentials.match(_header(headers, b"authorization")):
                 return None
             challenge = (b"www-authenticate", b'Basic realm="Restricted"')
             return _REFUSED, [challenge, (b"content-type", b"text/plain; charset=utf-8")]
         if self._keys and path.startswith(CALLS):
             function = key_of(path.split("/", 4)[3 if path.startswith("/v2") else 2])
-            if not self._keys.allow(function, _shown_key(scope)):
+            if not self._keys.allow(function, _shown_key(headers)):
                 body = error_body(f"{function} is called with a key: send Authorization: Bearer KEY")
                 return body, [(b"www-authenticate", b"Bearer"), (b"content-type", b"application/json")]
         return None
@@ -153,13 +152,13 @@ def _under(path: str, parts: Iterable[str]) -> bool:
     return any(path == part or path.startswith(f"{part}/") for part in parts)
 
 
-def _shown_key(scope: Scope) -> bytes:
-    scheme, _, key = _header(scope, b"authorization").partition(b" ")
-    return key.strip() if scheme.lower() == b"bearer" else _header(scope, b"x-api-key")
+def _shown_key(headers: Headers) -> bytes:
+    scheme, _, key = _header(headers, b"authorization").partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else _header(headers, b"x-api-key")
 
 
-def _header(scope: Scope, name: bytes) -> bytes:
-    return next((value for key, value in scope["headers"] if key == name), b"")
+def _header(headers: Headers, name: bytes) -> bytes:
+    return next((value for key, value in headers if key == name), b"")
 
 
 def _digest(text: bytes) -> bytes:

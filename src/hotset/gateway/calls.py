@@ -97,12 +97,17 @@ class Chunks:
             await self._reader
 
 
+Deliver = Callable[[Result], None]
+"""Gets a call's result at once, from inside the control loop: it must not call back into it, nor raise."""
+
+
 class StreamBroken(Exception):
     """A streamed answer ended before its last chunk; the message is one sentence for the caller."""
 
 
 class PendingCall:
-    """A call that has not ended: what the control loop remembers of it. ``future`` gets the ``Result``."""
+    """A call that has not ended: what the control loop remembers of it. ``deliver`` gets the ``Result``, or where there
+    is none ``future`` does."""
 
     # Defaults stand here and not in __init__: most calls never change them.
     expires_s: float | None = None
@@ -119,22 +124,25 @@ class PendingCall:
     """It was handed to the CPU pool: no GPU, no scheduler."""
     chunks: Chunks | None = None
     watcher: asyncio.Task[None] | None = None
+    receive: Receive | None = None
+    """Where the client's leaving can be seen (ASGI); looked at only when the call takes long."""
+    future: asyncio.Future[Result]
 
-    def __init__(
-        self,
-        version: Version,
-        call: Call,
-        future: asyncio.Future[Result],
-        arrival_s: float,
-        receive: Receive | None,
-    ) -> None:
+    def __init__(self, version: Version, call: Call, arrival_s: float, deliver: Deliver | None) -> None:
         self.request_id = call.request_id
         self.version = version
         self.call = call
-        self.future = future
         self.arrival_s = arrival_s
-        self.receive = receive
-        """Where the client's leaving can be seen (ASGI); looked at only when the call takes long."""
+        self.deliver = deliver
+        if deliver is None:
+            self.future = asyncio.get_running_loop().create_future()
+
+    def resolve(self, result: Result) -> None:
+        """Hand over the result to whoever waits for it."""
+        if self.deliver is not None:
+            self.deliver(result)
+        elif not self.future.done():
+            self.future.set_result(result)
 
     def load_begins(self, gpu_id: str, now_s: float, *, warm: bool = False) -> None:
         self.gpu_id = gpu_id

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import msgspec
 
-from hotset.gateway.calls import CallIds, CallRecord, Chunks, PendingCall, Receive, Result
+from hotset.gateway.calls import CallIds, CallRecord, Chunks, Deliver, PendingCall, Receive, Result
 from hotset.gateway.functions import Functions, Learned, Version, VersionSpec
 from hotset.gateway.logbook import Logbook, LogLine
 from hotset.gateway.orders import Orders
@@ -227,17 +227,20 @@ class Control:
         caller: str = "",
         timeout_s: float | None = None,
         receive: Receive | None = None,
+        deliver: Deliver | None = None,
     ) -> PendingCall:
         """Hand in a call; its ``future`` gets the ``Result``, whatever happens. ``KeyError``: no such function.
 
         ``timeout_s`` is the time the caller gives it, running included; ``VersionSpec.patience_s`` is the upper bound.
-        ``receive`` (ASGI) is watched for the client's leaving once the call takes long.
+        ``receive`` (ASGI) is watched for the client's leaving once the call takes long. ``deliver`` gets the result in
+        place of ``future``, and may get it from inside this very call.
         """
         version = self.functions.current[function]
         now_s = self._now()
         request_id = self._last_request_id = self._last_request_id + 1
         call = Call(request_id=request_id, body=body, content_type=content_type, accept=accept)
-        pending = PendingCall(version, call, self._loop.create_future(), now_s, receive)
+        pending = PendingCall(version, call, now_s, deliver)
+        pending.receive = receive
         version.calls += 1
         self.open_body_bytes += len(body)
         self.calls[request_id] = pending
@@ -253,17 +256,10 @@ class Control:
         if version.spec.scheduled is None:
             self._submit_to_cpu(pending, deadline_s)
         else:
-            self._handle(
-                RequestArrived(
-                    Request(
-                        request_id=request_id,
-                        model=version.model,
-                        arrival_s=now_s,
-                        deadline_s=deadline_s,
-                        caller=caller,
-                    )
-                )
+            request = Request(
+                request_id=request_id, model=version.model, arrival_s=now_s, deadline_s=deadline_s, caller=caller
             )
+            self._handle(RequestArrived(request))
         return pending
 
     def _submit_to_cpu(self, pending: PendingCall, deadline_s: float) -> None:
@@ -351,8 +347,8 @@ class Control:
             pending.watcher.cancel()
         if pending.chunks is not None:
             pending.chunks.end(error)
-        elif not pending.future.done():
-            pending.future.set_result(result)
+        else:
+            pending.resolve(result)
         if not version.calls and version.retired:
             self._loop.call_soon(self._remove_if_done, version)  # not now: the scheduler may be in the middle of a turn
         if self._drained is not None and not self.calls and not self._drained.done():
@@ -436,8 +432,7 @@ class Control:
             return
         if chunks is None:
             chunks = pending.chunks = Chunks()
-            if not pending.future.done():
-                pending.future.set_result(Result(record=record, content_type=answer.content_type, chunks=chunks))
+            pending.resolve(Result(record=record, content_type=answer.content_type, chunks=chunks))
         chunks.put(body)
         if chunks.buffered_bytes > self.config.stream_buffer_bytes:
             self._abandon(pending, RejectReason.FAILED, "the answer came faster than it was read: read it faster")

@@ -9,14 +9,16 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
 
 from hotset.errors import ConfigurationError
-from hotset.gateway.app import Application
-from hotset.gateway.coalescing import CoalescingProtocol
+from hotset.gateway.app import Gateway
+from hotset.gateway.auth import Guard
 from hotset.gateway.control import Control
+from hotset.gateway.direct import DirectProtocol
 
 KEEP_ALIVE_S = 75
 """Longer than the clients' own pools keep a connection, so that it is they who close it, never in mid-request."""
@@ -46,16 +48,17 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Listener(uvicorn.Server):
-    """Serves one application until it is told to stop.
+    """Serves the gateway until it is told to stop.
 
     The first SIGTERM or SIGINT stops accepting and drains: calls in flight have ``drain_s`` seconds to end, then get a
     503. The second ends that wait at once; a third kills, as if nobody had caught it.
     """
 
-    def __init__(self, application: Application, control: Control, *, drain_s: float) -> None:
+    def __init__(self, gateway: Gateway, guard: Guard, control: Control, *, drain_s: float) -> None:
+        """``guard`` stands before ``gateway``."""
         config = uvicorn.Config(
-            application,
-            http=CoalescingProtocol,
+            guard,
+            http=partial(DirectProtocol, gateway, guard.admits),  # type: ignore[arg-type] # any maker of protocols will do
             ws="none",
             lifespan="off",
             access_log=False,

@@ -166,7 +166,8 @@ async def run(
                 gateway = Gateway(
                     control, rest, max_body_bytes=config.max_body_bytes, max_open_bytes=config.max_open_bytes
                 )
-                listener = Listener(Guard(gateway, access.credentials, keys), control, drain_s=config.drain_s)
+                guard = Guard(gateway, access.credentials, keys)
+                listener = Listener(gateway, guard, control, drain_s=config.drain_s)
                 listener.when_started(lambda: ready(f"http://{config.host}:{listening.getsockname()[1]}"))
                 gc.collect()
                 gc.freeze()  # what is here now stays: no collection need look at it again
