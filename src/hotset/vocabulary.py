@@ -88,7 +88,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a request whose process died may run once more."""
     profile: Profile = Profile()
     min_copies: int = 0
-    """So many copies are passed over by eviction, once calls have brought them into memory."""
+    """So many copies are kept HOT, calls or no calls (``scheduling/pins.py``); less where there is no room."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):

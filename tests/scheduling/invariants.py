@@ -13,6 +13,7 @@ from hotset.vocabulary import Residency
 def check(scheduler: Scheduler, now_s: float) -> None:
     """Fail if anything the scheduler believes contradicts anything else."""
     check_memory(scheduler)
+    check_pins(scheduler, now_s)
     check_gpus(scheduler.cluster)
     check_requests(scheduler)
     check_queue(scheduler)
@@ -55,10 +56,35 @@ def check_memory(scheduler: Scheduler) -> None:
     assert sum(len(held) for held in scheduler.cache._parked_on.values()) == len(parked)
 
 
+def check_pins(scheduler: Scheduler, now_s: float) -> None:
+    """Pins fit, are what models ask for, and what is missing is on its way or waits for something."""
+    cluster, quarantine = scheduler.cluster, scheduler.quarantine
+    for gpu in cluster.gpus.values():
+        memory = gpu.memory
+        assert memory.unpinned_bytes == memory.capacity_bytes - sum(memory.pinned.values()) >= 0
+        for name, resident in memory.residents.items():
+            assert resident.pinned == (name in memory.pinned)
+        for name, pinned_bytes in memory.pinned.items():
+            assert cluster.is_deployed(name)
+            assert pinned_bytes >= cluster.models[name].memory_bytes
+            if name in memory.residents:
+                assert pinned_bytes >= memory.residents[name].memory_bytes
+            elif not quarantine.remaining_s(name, now_s):
+                assert gpu.work is not None or memory.copying is not None, "a missing copy is loaded first"
+    for name, model in cluster.models.items():
+        wanted = model.min_copies if cluster.is_deployed(name) else 0
+        assert scheduler.pins.placed(name) <= wanted
+        if scheduler.pins.placed(name) < wanted:
+            spare = [gpu for gpu in cluster.gpus.values() if name not in gpu.memory.pinned]
+            assert all(gpu.memory.unpinned_bytes < model.memory_bytes for gpu in spare), "all that has room has a place"
+
+
 def check_gpus(cluster: Cluster) -> None:
     idle = [gpu for gpu in cluster.gpus.values() if gpu.work is None]
     assert list(cluster.idle) == sorted(idle, key=lambda gpu: gpu.idle_rank), "idle set, longest first"
-    assert cluster.largest_bytes == max((gpu.gpu.memory_bytes for gpu in cluster.gpus.values()), default=0)
+    assert cluster.largest_bytes == max(
+        (gpu.memory.capacity_bytes - sum(gpu.memory.pinned.values()) for gpu in cluster.gpus.values()), default=0
+    )
     for gpu in cluster.gpus.values():
         if gpu.work is None:
             assert not any(cluster.can_start(gpu, entry.model) for entry in gpu.local_queue), "local queues go first"

@@ -86,12 +86,14 @@ def model(
     inference_s: float | None = 1.0,
     max_batch: int = 1,
     retry: bool = True,
+    min_copies: int = 0,
 ) -> Model:
     return Model(
         name=name,
         memory_bytes=int(gib * GIB),
         max_batch=max_batch,
         retry=retry,
+        min_copies=min_copies,
         profile=Profile(load_s=load_s, inference_s=inference_s),
     )
 
@@ -324,7 +326,8 @@ class World:
                 assert device.loading is None, f"{action} while {device} loads"
                 assert self.config.overlap or device.running is None, f"{action} while {device} is busy"
                 assert action.model not in device.resident, f"{action}: it is there"
-                assert action.request_id in self.open, f"{action} for a request that ended"
+                pinned = action.model in self.scheduler.cache.memory(action.gpu_id).pinned
+                assert action.request_id in self.open or pinned, f"{action} for a request that ended"
                 others = (other for other in self.devices.values() if other is not device)
                 if isinstance(action, Load):
                     assert action.model not in device.parked, f"{action}: it is parked there"
@@ -336,6 +339,7 @@ class World:
             case Offload():
                 device = self.devices[action.gpu_id]
                 assert action.model not in device.in_use, f"{action} while in use"
+                assert action.model not in self.scheduler.cache.memory(action.gpu_id).pinned, f"{action}: it is pinned"
                 reserved_bytes = device.resident.pop(action.model)
                 device.lane.append(action)
                 device.parked[action.model] = self.sizes.get(action.model) or ParkedSize(0, reserved_bytes)
@@ -355,6 +359,8 @@ class World:
                 device = self.devices[action.gpu_id]
                 assert action.model not in device.in_use, f"{action} while in use"
                 if device.parked.pop(action.model, None) is None:
+                    memory = self.scheduler.cache.memory(action.gpu_id)
+                    assert action.model not in memory.pinned, f"{action}: it is pinned"
                     del device.resident[action.model]
             case Reject():
                 assert action.message, "a rejection says why"

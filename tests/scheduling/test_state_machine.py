@@ -62,11 +62,11 @@ class Watched:
         for entry in waiting:
             # One that came back from a lost GPU passes nobody any more.
             self.passed_by[entry.seq] -= {other.seq for other in waiting}
-        room_bytes, lane_taken = placement.gpu.memory.capacity_bytes, placement.gpu.memory.copying is not None
+        lane_taken = placement.gpu.memory.copying is not None
         for entry in waiting:
             if lane_taken and not cluster.can_start(placement.gpu, entry.model):
                 continue
-            if entry.seq < placement.entry.seq and cluster.models[entry.model].memory_bytes <= room_bytes:
+            if entry.seq < placement.entry.seq and cluster.fits(placement.gpu, entry.model):
                 self.passed_by[entry.seq].add(placement.entry.seq)
                 if self.most_skips is not None:
                     assert len(self.passed_by[entry.seq]) <= self.most_skips, "passed over more often than allowed"
@@ -241,7 +241,10 @@ class ClusterStory(RuleBasedStateMachine):
             case "model is added":
                 gib, retry = data.draw(st.sampled_from((1.0, 2.0, 5.0))), data.draw(st.booleans())
                 max_batch, inference_s = data.draw(st.sampled_from(((1, 1.0), (1, 0.0), (4, 1.0), (4, None))))
-                world.add(model(name, gib, max_batch=max_batch, retry=retry, inference_s=inference_s))
+                copies = data.draw(st.sampled_from((0, 0, 0, 1, 2)))
+                world.add(
+                    model(name, gib, max_batch=max_batch, retry=retry, inference_s=inference_s, min_copies=copies)
+                )
             case "model is removed":
                 world.remove(name)
 

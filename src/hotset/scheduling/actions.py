@@ -23,8 +23,8 @@ class Load(Action, frozen=True):
 
     gpu_id: str
     model: str
-    request_id: int
-    """The request that caused it (a miss)."""
+    request_id: int | None
+    """The request that caused it (a miss); None: the model is to be kept HOT."""
     false_miss: bool
     """Another GPU held the model at that moment (paper, evaluation)."""
 
@@ -42,8 +42,8 @@ class Restore(Action, frozen=True):
 
     gpu_id: str
     model: str
-    request_id: int
-    """The request that caused it (a miss, but a cheap one)."""
+    request_id: int | None
+    """The request that caused it (a miss, but a cheap one); None: the model is to be kept HOT."""
 
 
 class Run(Action, frozen=True):

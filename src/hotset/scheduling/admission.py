@@ -62,11 +62,12 @@ class Admission:
 
     def too_large(self, name: str) -> Refusal:
         """No GPU of the cluster can hold its model."""
-        return Refusal(
-            RejectReason.TOO_LARGE,
-            f"{name} needs {self._cluster.models[name].memory_bytes} bytes of GPU memory and the largest "
-            f"GPU has {self._cluster.largest_bytes}: use a larger GPU or a smaller model",
-        )
+        need_bytes, largest_bytes = self._cluster.models[name].memory_bytes, self._cluster.largest_bytes
+        if any(gpu.memory.pinned for gpu in self._cluster.gpus.values()):
+            most = f"no GPU has more than {largest_bytes} beside the models that are kept hot: let go of one"
+        else:
+            most = f"the largest GPU has {largest_bytes}: use a larger GPU or a smaller model"
+        return Refusal(RejectReason.TOO_LARGE, f"{name} needs {need_bytes} bytes of GPU memory and {most}")
 
     def quarantined(self, name: str, now_s: float) -> Refusal:
         """Its model keeps failing."""

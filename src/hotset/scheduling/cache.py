@@ -32,6 +32,7 @@ class Resident:
         "loaded_s",
         "memory_bytes",
         "model",
+        "pinned",
         "state",
         "uses",
     )
@@ -42,6 +43,8 @@ class Resident:
         self.state = Residency.LOADING
         self.in_use = False
         """Loading or running: never a victim."""
+        self.pinned = False
+        """One of the copies that its model keeps HOT: never a victim."""
         self.loaded_s = now_s
         self.last_used_s = now_s
         self.uses = 0
@@ -70,12 +73,20 @@ class GpuMemory:
     """WARM models: not resident, but quickly back on this GPU."""
     parked_bytes: int = 0
     """What their processes hold of this GPU's memory; part of ``used_bytes``."""
+    pinned: dict[str, int] = field(default_factory=dict)
+    """Models that have a pin here (``scheduling/pins.py``), resident yet or not, and the bytes set aside for each."""
+    unpinned_bytes: int = 0
+    """What is left of the capacity for all others."""
     copying: str | None = None
     """The model whose load or restore is in flight on the copy lane (``SchedulerConfig.overlap``)."""
 
     @property
     def free_bytes(self) -> int:
         return self.capacity_bytes - self.used_bytes
+
+    def can_hold(self, model: str, memory_bytes: int) -> bool:
+        """Whether the model fits beside what is pinned here, were nothing else there."""
+        return memory_bytes <= self.unpinned_bytes + (self.pinned.get(model, 0) if self.pinned else 0)
 
 
 class EvictionPolicy:
@@ -90,14 +101,14 @@ class EvictionPolicy:
     """Everything there is to know; set before the first question."""
 
     def victims(self, memory: GpuMemory, now_s: float) -> Iterable[Resident]:
-        """Residents in the order they should go; those in use may be yielded, they are passed over."""
+        """Residents in the order they should go; those in use or pinned may be yielded, they are passed over."""
         raise NotImplementedError
 
     def choose(self, memory: GpuMemory, missing_bytes: int, now_s: float) -> list[Resident] | None:
-        """Residents, none of them in use, that make room for ``missing_bytes`` (> 0); None if that cannot be."""
+        """Residents, none of them in use or pinned, that make room for ``missing_bytes`` (> 0), or None."""
         victims: list[Resident] = []
         for resident in self.victims(memory, now_s):
-            if resident.in_use:
+            if resident.in_use or resident.pinned:
                 continue
             victims.append(resident)
             missing_bytes -= resident.memory_bytes
@@ -129,7 +140,6 @@ class CacheManager:
         self.eviction = eviction
         self.host_memory_bytes = host_memory_bytes
         self.evictions = 0
-        self._kept: dict[str, int] = {}
         self.useless_prefetches = 0
         """Models that were loaded ahead and left without a run."""
         self._memories: dict[str, GpuMemory] = {}
@@ -142,7 +152,7 @@ class CacheManager:
         host = self._hosts.get(node)
         if host is None:
             host = self._hosts[node] = HostMemory(self.host_memory_bytes)
-        memory = self._memories[gpu_id] = GpuMemory(gpu_id, capacity_bytes, host)
+        memory = self._memories[gpu_id] = GpuMemory(gpu_id, capacity_bytes, host, unpinned_bytes=capacity_bytes)
         return memory
 
     def drop_gpu(self, gpu_id: str) -> None:
@@ -177,12 +187,14 @@ class CacheManager:
 
     # Room
 
-    def keep(self, model: str, copies: int) -> None:
-        """Let eviction pass over so many copies of the model; 0: over none."""
-        if copies:
-            self._kept[model] = copies
-        else:
-            self._kept.pop(model, None)
+    def pin(self, memory: GpuMemory, pins: dict[str, int]) -> None:
+        """Set these bytes aside for these models; nothing is evicted, or loaded, for it here."""
+        if pins != memory.pinned:
+            memory.pinned = pins
+            memory.unpinned_bytes = memory.capacity_bytes - sum(pins.values())
+            memory.version += 1
+            for model, resident in memory.residents.items():
+                resident.pinned = model in pins
 
     def choose_victims(
         self, memory: GpuMemory, need_bytes: int, now_s: float, spared: Collection[str] = ()
@@ -197,7 +209,6 @@ class CacheManager:
         missing = need_bytes - memory.free_bytes - memory.parked_bytes
         if missing <= 0:
             return []
-        spared = self._with_kept(memory, need_bytes, spared)
         if not spared:
             return self.eviction.choose(memory, missing, now_s)
         shielded = [resident for model, resident in memory.residents.items() if model in spared and not resident.in_use]
@@ -207,15 +218,6 @@ class CacheManager:
         for resident in shielded:
             resident.in_use = False
         return victims
-
-    def _with_kept(self, memory: GpuMemory, need_bytes: int, spared: Collection[str]) -> Collection[str]:
-        """``spared``, and the copies that their models ask to keep (``Model.min_copies``).
-
-        A request must never wait for room that nobody will make: beside copies that leave it none, they are not kept.
-        """
-        kept = [name for name, copies in self._kept.items() if name in memory.residents and self.copies(name) <= copies]
-        kept_bytes = sum(memory.residents[name].memory_bytes for name in kept)
-        return {*spared, *kept} if kept and need_bytes + kept_bytes <= memory.capacity_bytes else spared
 
     def room_for(self, memory: GpuMemory, model: str, need_bytes: int, victims: list[Resident]) -> Room:
         """How these victims make the room for which they were chosen: each is offloaded if that is worth it."""
@@ -308,6 +310,7 @@ class CacheManager:
             resident.memory_bytes = memory_bytes
             resident.state = Residency.LOADING
             resident.loaded_s = now_s
+        resident.pinned = model in memory.pinned
         memory.residents[model] = resident
         memory.used_bytes += memory_bytes
         memory.version += 1
@@ -346,6 +349,7 @@ class CacheManager:
     def drop(self, memory: GpuMemory, model: str) -> Resident:
         """The model is no longer in the GPU's memory: evicted, unloaded, or its process died."""
         resident = memory.residents.pop(model)
+        resident.pinned = False
         memory.used_bytes -= resident.memory_bytes
         memory.version += 1
         memory.host.used_bytes -= resident.host_bytes

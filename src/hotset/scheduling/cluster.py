@@ -90,7 +90,7 @@ class Cluster:
         """Models that are to be forgotten once no GPU uses them."""
         self.gpus: dict[str, GpuState] = {}
         self.largest_bytes = 0
-        """Memory of the largest GPU; 0: there is none."""
+        """The most memory that a GPU has beside what is pinned there; 0: there is none."""
         self.idle: OrderedDict[GpuState, None] = OrderedDict()
         """GPUs with nothing to do, the one idle longest first."""
         self.prices = Prices(self)
@@ -103,22 +103,30 @@ class Cluster:
         return model in self.models and model not in self.removed
 
     def too_large(self, model: str) -> bool:
-        """No GPU can hold the model; False while there is no GPU at all, as the next one may."""
-        return self.models[model].memory_bytes > self.largest_bytes and bool(self.gpus)
+        """No GPU can hold the model beside its pins; False while there is no GPU at all, as the next one may."""
+        if self.models[model].memory_bytes <= self.largest_bytes or not self.gpus:
+            return False
+        return not any(self.fits(gpu, model) for gpu in self.gpus.values())
+
+    def fits(self, gpu: GpuState, model: str) -> bool:
+        """Whether the GPU could hold the model, were nothing there but its pins."""
+        return gpu.memory.can_hold(model, self.models[model].memory_bytes)
 
     # What policies ask
 
     def first_idle(self, model: str | None = None) -> GpuState | None:
         """The GPU idle longest; with a model: the first on which it fits (a scan only where GPUs differ in size)."""
-        need_bytes = 0 if model is None else self.models[model].memory_bytes
-        if model is not None and (self.overlap or self.cache.parked_on(model)):
-            return self._first_idle_of_tiers(model, need_bytes)
+        if model is None:
+            return next(iter(self.idle), None)
+        if self.overlap or self.cache.parked_on(model):
+            return self._first_idle_of_tiers(model)
+        need_bytes = self.models[model].memory_bytes
         for gpu in self.idle:
-            if gpu.memory.capacity_bytes >= need_bytes:
+            if gpu.memory.can_hold(model, need_bytes):
                 return gpu
         return None
 
-    def _first_idle_of_tiers(self, model: str, need_bytes: int) -> GpuState | None:
+    def _first_idle_of_tiers(self, model: str) -> GpuState | None:
         """The GPU idle longest, unless one of the others has the model WARM. Where its copy lane is taken, a GPU can
         only run what it holds."""
         first: GpuState | None = None
@@ -137,7 +145,7 @@ class Cluster:
         memory = gpu.memory
         if model in memory.residents:
             return memory.copying != model
-        return memory.copying is None and self.models[model].memory_bytes <= memory.capacity_bytes
+        return memory.copying is None and self.fits(gpu, model)
 
     def idle_holder(self, model: str) -> GpuState | None:
         """The idle GPU that holds the model; of several, the one idle longest."""
@@ -182,8 +190,7 @@ class Cluster:
 
     def gpu_for_retry(self, entry: Entry) -> GpuState | None:
         """An idle GPU for a request whose process died: not the one it died on unless there is no other. Linear."""
-        need_bytes = self.models[entry.model].memory_bytes
-        fitting = [gpu for gpu in self.gpus.values() if gpu.memory.capacity_bytes >= need_bytes]
+        fitting = [gpu for gpu in self.gpus.values() if self.fits(gpu, entry.model)]
         others = [gpu for gpu in fitting if gpu.gpu_id != entry.avoid_gpu]
         idle = [gpu for gpu in others or fitting if gpu in self.idle and self.can_start(gpu, entry.model)]
         return next((gpu for gpu in idle if entry.model in gpu.memory.residents), idle[0] if idle else None)
@@ -211,8 +218,12 @@ class Cluster:
         self._holders.left(gpu)
         self.cache.drop_gpu(gpu_id)
         self.prices.left(gpu_id)
-        self.largest_bytes = max((other.memory.capacity_bytes for other in self.gpus.values()), default=0)
+        self.measure_room()
         return gpu
+
+    def measure_room(self) -> None:
+        """GPUs went, or what is pinned on them changed."""
+        self.largest_bytes = max((gpu.memory.unpinned_bytes for gpu in self.gpus.values()), default=0)
 
     def set_idle(self, gpu: GpuState) -> None:
         gpu.work = None

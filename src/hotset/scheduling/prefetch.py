@@ -54,7 +54,7 @@ class Prefetcher:
             warm = cluster.cache.parked_on(model)
             # Where it is WARM it is back soonest; else where its run can begin soonest.
             for gpu in sorted(free, key=lambda gpu: gpu.gpu_id not in warm) if warm else free:
-                if cluster.models[model].memory_bytes <= gpu.memory.capacity_bytes:
+                if cluster.fits(gpu, model):
                     room = self._transitions.room(gpu, model, now_s, spared=self._about_to_run(gpu))
                     if room is not None:
                         return LoadAhead(lines[model][0], gpu, room)

@@ -212,12 +212,13 @@ class Prices:
         return prices
 
     def _priced(self, gpu: GpuState, now_s: float) -> dict[str, PricedResident]:
-        """The GPU's residents, cheapest to lose first."""
+        """The GPU's residents that may be lost, cheapest to lose first."""
         prices = self._of(gpu, now_s)
         if prices.priced is None:
             ranked = [
                 PricedResident(self._loss_s(gpu, model, now_s), resident, self._cache.copies(model))
                 for model, resident in gpu.memory.residents.items()
+                if not resident.pinned
             ]
             ranked.sort(key=_by_price)
             prices.priced = {one.resident.model: one for one in ranked}

@@ -32,6 +32,7 @@ from hotset.scheduling.events import (
 )
 from hotset.scheduling.journal import Decision, Journal, decision
 from hotset.scheduling.parking import ParkedSize, Room
+from hotset.scheduling.pins import Pins
 from hotset.scheduling.policies.interface import Policy, Rule
 from hotset.scheduling.prefetch import Prefetcher
 from hotset.scheduling.profiles import Profiles
@@ -75,6 +76,7 @@ class Scheduler:
         self._burst_s = self.config.burst_s
         self._journalling = self.config.journal_capacity > 0
         self.quarantine = Quarantine(self.config.quarantine)
+        self.pins = Pins(self.cluster, self._transitions, self.quarantine)
         self._admission = Admission(
             self.cluster,
             self.quarantine,
@@ -112,8 +114,10 @@ class Scheduler:
         return self._actions
 
     def next_wakeup_s(self) -> float | None:
-        """When ``TimeAdvanced`` is due at the latest (the next deadline); None: not before something happens."""
-        return self._requests.next_deadline_s()
+        """When ``TimeAdvanced`` is due at the latest: the next deadline, or a load for a pin that may be tried again;
+        None: not before something happens."""
+        deadline_s, pins_s = self._requests.next_deadline_s(), self.pins.wakeup_s
+        return pins_s if deadline_s is None or (pins_s is not None and pins_s < deadline_s) else deadline_s
 
     @property
     def open_requests(self) -> int:
@@ -148,6 +152,8 @@ class Scheduler:
 
     def _dispatch(self, now_s: float) -> None:
         cluster = self.cluster
+        if self.pins.unsettled:
+            self._load_pinned(now_s)
         if self._requests.retries and cluster.idle:
             self._dispatch_retries(now_s)
         queue, policy = cluster.queue, self.policy
@@ -167,13 +173,23 @@ class Scheduler:
         if self._prefetcher is not None and queue.waiting:
             self._load_ahead(self._prefetcher, now_s)
 
+    def _load_pinned(self, now_s: float) -> None:
+        """Before anybody's request: a GPU that is never without work would never get to it."""
+        while (pin := self.pins.next_load(now_s)) is not None:
+            if self.cluster.overlap:
+                self._copy(pin.gpu, pin.model, pin.room, None, now_s)
+            else:
+                expected_s = self._transitions.bring(pin.gpu, pin.model, pin.room, None, now_s)
+                work = Work(pin.model, [], hit=False, now_s=now_s, loading=True)
+                self.cluster.set_busy(pin.gpu, work, now_s + expected_s)
+
     def _load_ahead(self, prefetcher: Prefetcher, now_s: float) -> None:
         while (ahead := prefetcher.next_load(now_s)) is not None:
             gpu, model = ahead.gpu, ahead.entry.model
             if self._journalling:
                 self._note(ahead.entry, gpu, Rule.AHEAD, ahead.room, now_s)
             self.prefetches += 1
-            self._copy(gpu, ahead.entry, ahead.room, now_s)
+            self._copy(gpu, model, ahead.room, ahead.entry.request.request_id, now_s)
             gpu.memory.residents[model].ahead = True
 
     def _dispatch_retries(self, now_s: float) -> None:
@@ -204,17 +220,17 @@ class Scheduler:
             cluster.add_local(gpu, entry)
             if room is not None:
                 entry.loaded_on = gpu.gpu_id
-                self._copy(gpu, entry, room, now_s)
+                self._copy(gpu, model, room, entry.request.request_id, now_s)
             return
         assert room is not None, "without overlap, nothing is on its way to an idle GPU"
         expected_s = self._transitions.bring(gpu, model, room, entry.request.request_id, now_s)
         work = Work(model, [entry], hit=False, now_s=now_s, loading=True)
         cluster.set_busy(gpu, work, now_s + expected_s + cluster.inference_s(model, gpu))
 
-    def _copy(self, gpu: GpuState, entry: Entry, room: Room, now_s: float) -> None:
+    def _copy(self, gpu: GpuState, model: str, room: Room, request_id: int | None, now_s: float) -> None:
         """Bring a model to a GPU by its copy lane, whatever the GPU does meanwhile."""
-        expected_s = self._transitions.bring(gpu, entry.model, room, entry.request.request_id, now_s)
-        self.cluster.copy_started(gpu, entry.model, now_s + expected_s)
+        expected_s = self._transitions.bring(gpu, model, room, request_id, now_s)
+        self.cluster.copy_started(gpu, model, now_s + expected_s)
 
     def _run(self, gpu: GpuState, work: Work, now_s: float) -> None:
         """The model is HOT: start the run, joined by whoever waits for the same model and may join."""
@@ -256,7 +272,9 @@ class Scheduler:
     def _freed(self, gpu: GpuState, now_s: float) -> None:
         """The GPU has nothing to do: its local queue comes first (LALB step 1), else it is idle."""
         self.cluster.set_idle(gpu)
-        if gpu.local_queue:
+        if self.pins.unsettled:
+            self._load_pinned(now_s)
+        if gpu.work is None and gpu.local_queue:
             self._serve_local_queue(gpu, now_s)
 
     def _serve_local_queue(self, gpu: GpuState, now_s: float) -> None:
@@ -265,11 +283,8 @@ class Scheduler:
         if cluster.overlap:
             waiting.sort(key=lambda entry: entry.model not in gpu.memory.residents)  # stable
         for entry in waiting:
-            if (
-                entry.model not in gpu.memory.residents
-                and cluster.models[entry.model].memory_bytes > gpu.memory.capacity_bytes
-            ):
-                # Its model died here and has proved larger than this GPU: others are larger still.
+            if entry.model not in gpu.memory.residents and not cluster.fits(gpu, entry.model):
+                # Its model died here and has proved larger than this GPU, or has lost its room to pins.
                 cluster.remove_local(gpu, entry)
                 cluster.queue.give_back([entry])
             elif cluster.can_start(gpu, entry.model):
@@ -297,6 +312,7 @@ class Scheduler:
         resident = self.cache.loaded(gpu.memory, model, memory_bytes)
         if memory_bytes is not None:
             self.cluster.learn_memory(model, resident.memory_bytes)
+            self.pins.measured(model)
         if work is None:
             resident.in_use = False
             self.cluster.copy_ended(gpu, model)
@@ -348,6 +364,7 @@ class Scheduler:
             entries = self._work_of(gpu, name).entries
         if event.memory_bytes is not None:
             self.cluster.learn_memory(name, event.memory_bytes)
+            self.pins.measured(name)
             self._requests.reject_too_large(now_s)
         # Knowing better what it needs, the same GPU is as good as any, and nobody is to blame.
         avoid = "" if learned else gpu.gpu_id
@@ -368,6 +385,7 @@ class Scheduler:
             self.cluster.drop_resident(gpu, name)
         else:
             return  # it was evicted, or is being reported as a failed load or run
+        self.pins.unsettled = True
         if self.quarantine.failed(name, now_s, event.reason):
             self._requests.reject_quarantined(name, now_s)
 
@@ -380,6 +398,7 @@ class Scheduler:
     def _process_gone(self, gpu: GpuState, name: str, entries: list[Entry], loss: _Loss, now_s: float) -> None:
         """The process is gone, the GPU is not."""
         self.cluster.drop_resident(gpu, name)
+        self.pins.unsettled = True
         self._end_or_retry(name, entries, loss, now_s)
         if gpu.work is not None and gpu.work.model == name:
             self._freed(gpu, now_s)
@@ -413,8 +432,8 @@ class Scheduler:
     def _model_added(self, event: ModelAdded, now_s: float) -> None:
         self.cluster.models[event.model.name] = event.model
         self.profiles.add(event.model)
-        self.cache.keep(event.model.name, event.model.min_copies)
         self.cluster.removed.discard(event.model.name)
+        self.pins.want(event.model.name, event.model.min_copies)
         self._requests.reject_too_large(now_s)
 
     def _model_removed(self, event: ModelRemoved, now_s: float) -> None:
@@ -422,7 +441,7 @@ class Scheduler:
         if name not in self.cluster.models:
             return
         self.cluster.removed.add(name)
-        self.cache.keep(name, 0)
+        self.pins.want(name, 0)
         self._requests.reject_removed(name, now_s)
         for gpu_id in list(self.cache.holders(name)):
             gpu = self.cluster.gpus[gpu_id]
@@ -436,12 +455,14 @@ class Scheduler:
         if event.gpu.gpu_id in self.cluster.gpus:
             raise InvariantError(f"GPU {event.gpu.gpu_id} joined twice")
         self.cluster.join(event.gpu)
+        self.pins.plan()
         self._requests.reject_too_large(now_s)
 
     def _gpu_lost(self, event: GpuLost, now_s: float) -> None:
         if event.gpu_id not in self.cluster.gpus:
             return
         gpu = self.cluster.leave(event.gpu_id)
+        self.pins.plan()
         for entry in gpu.local_queue:
             entry.loaded_on = ""
         self.cluster.queue.give_back(list(gpu.local_queue))

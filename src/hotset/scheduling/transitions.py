@@ -21,7 +21,7 @@ class Transitions:
         victims = cache.choose_victims(gpu.memory, need_bytes, now_s, spared)
         return cache.room_for(gpu.memory, model, need_bytes, victims) if victims is not None else None
 
-    def bring(self, gpu: GpuState, model: str, room: Room, request_id: int, now_s: float) -> float:
+    def bring(self, gpu: GpuState, model: str, room: Room, request_id: int | None, now_s: float) -> float:
         """Make the room and start the load, or the restore; returns the seconds all of it is expected to take."""
         cluster, cache, memory = self._cluster, self._cache, gpu.memory
         for parked in room.forgotten:

@@ -33,7 +33,7 @@ def place_in_order(cluster: Cluster, entry: Entry, now_s: float, awaited_bytes: 
         return Placement(entry, here, Rule.NOWHERE)
     wait_s = max(busy.busy_until_s - now_s, 0.0) + busy.local_backlog_s
     if wait_s < cluster.load_s(model, here):
-        if busy.memory.capacity_bytes < awaited_bytes:
+        if busy.memory.unpinned_bytes < awaited_bytes:
             return Placement(entry, busy, Rule.WAIT_FOR_HOLDER, local=True, waited_s=wait_s)
         return Placement(entry, here, Rule.HOLDER_AWAITED, waited_s=wait_s)
     return Placement(entry, here, Rule.LOAD_IS_SHORTER, waited_s=wait_s)

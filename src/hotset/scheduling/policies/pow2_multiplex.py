@@ -28,10 +28,9 @@ class Pow2Multiplex:
         entry = cluster.queue.head()
         if entry is None or not cluster.idle:
             return None
-        need_bytes = cluster.models[entry.model].memory_bytes
         holders = [cluster.gpus[gpu_id] for gpu_id in cluster.cache.holders(entry.model)]
         near = [gpu for gpu in holders if _work_s(gpu, now_s) <= PATIENCE_S]
-        drawn_from = near or [gpu for gpu in cluster.gpus.values() if gpu.memory.capacity_bytes >= need_bytes]
+        drawn_from = near or [gpu for gpu in cluster.gpus.values() if cluster.fits(gpu, entry.model)]
         first = entry.seq * _HASH % 2**32
         two = (drawn_from[first % len(drawn_from)], drawn_from[first * _HASH % 2**32 % len(drawn_from)])
         gpu = min(two, key=lambda one: _work_s(one, now_s))
