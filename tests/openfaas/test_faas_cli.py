@@ -7,9 +7,11 @@ from datetime import datetime
 
 import httpx
 import pytest
-from faas_world import ALPINE, Faas, serving, until
+from faas_world import ALPINE, ON_GPU, Faas, serving, until
+from prometheus_client.parser import text_string_to_metric_families
 
 from hotset.gateway.logbook import Logbook
+from hotset.node.fake import FakeFunction
 
 CLI = {"user-agent": "faas-cli/0.18.12", "content-type": "application/json"}
 
@@ -423,17 +425,51 @@ def test_metrics_have_openfaas_names_beside_hotsets(tmp_path):
     async def story(faas: Faas):
         await deploy(faas, labels={"com.openfaas.scale.min": "2"})
         await faas.http.post("/function/env")
+        queued = await faas.http.post("/async-function/env")
+        await until(lambda: not faas.queued())
         text = (await faas.get("/metrics")).text
+        name = 'function_name="env.openfaas-fn"'
         for line in (
-            'gateway_function_invocation_total{code="200",function_name="env.openfaas-fn"} 1.0',
-            'gateway_functions_seconds_count{code="200",function_name="env.openfaas-fn"} 1.0',
-            'gateway_function_invocation_started_total{function_name="env.openfaas-fn"} 1.0',
-            'gateway_function_invocation_inflight{function_name="env.openfaas-fn"} 0.0',
-            'gateway_service_count{function_name="env.openfaas-fn"} 2.0',
+            f'gateway_function_invocation_total{{code="200",{name}}} 2.0',
+            f'gateway_functions_seconds_count{{code="200",{name}}} 2.0',
+            f"gateway_function_invocation_started{{{name}}} 2.0",
+            f"gateway_function_invocation_inflight{{{name}}} 0.0",
+            f"gateway_service_count{{{name}}} 2.0",
+            f"gateway_service_ready_count{{{name}}} 2.0",
+            f"gateway_service_min{{{name}}} 2.0",
+            f"gateway_service_target{{{name}}} 50.0",
+            f'gateway_service_target_load{{{name},scaling_type="rps"}} 50.0',
             'provider_http_requests_total{code="202",method="POST",path="/system/functions"} 1.0',
-            'hotset_requests_total{code="200",function="env"} 1.0',
+            'http_requests_total{method="POST",path="/system/functions",status="202"} 1.0',
+            'http_requests_total{method="POST",path="/async-function",status="202"} 1.0',
+            f'http_requests_total{{{name},status="200"}} 2.0',
+            f'http_request_duration_seconds_count{{{name},status="200"}} 2.0',
+            f"http_requests_in_flight{{{name}}} 0.0",
+            'queue_worker_messages_submitted_total{queue_name="faas-request"} 1.0',
+            'queue_worker_messages_processed_total{queue_name="faas-request"} 1.0',
+            'hotset_requests_total{code="200",function="env"} 2.0',
         ):
-            assert line in text, line
+            assert line in text.splitlines(), line
+        assert queued.status_code == 202
         assert 'provider_http_request_duration_seconds_bucket{code="202"' in text
+        assert f'pod_memory_working_set_bytes{{{name},namespace="openfaas-fn"}}' in text
+        families = [each.name for each in text_string_to_metric_families(text)]
+        assert len(families) == len(set(families)), "each name is exported once"
+
+    serving(story, tmp_path)
+
+
+def test_what_waits_in_the_queue_is_counted_by_function(tmp_path):
+    async def story(faas: Faas):
+        faas.node.default = FakeFunction(load_s=0.0, inference_s=3600.0)
+        await faas.deploy("slow", "cat", **ON_GPU)
+        for path in ("slow", "slow.openfaas-fn", "slow"):
+            assert (await faas.http.post(f"/async-function/{path}")).status_code == 202
+        await until(lambda: faas.front.queue.inflight.total() == 1)
+        text = (await faas.get("/metrics")).text
+        labels = '{function_name="slow.openfaas-fn",queue_name="faas-request"}'
+        assert f"queue_worker_pending_messages{labels} 2.0" in text
+        assert f"queue_worker_function_invocation_inflight{labels} 1.0" in text
+        assert 'gateway_function_invocation_inflight{function_name="slow.openfaas-fn"} 1.0' in text
 
     serving(story, tmp_path)

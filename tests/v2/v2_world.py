@@ -128,6 +128,9 @@ class InProcessNode:
     def processes(self) -> list[ProcessReport]:
         return []
 
+    def pids(self) -> Mapping[int, str]:
+        return {}
+
     def utilisation(self) -> Mapping[str, float]:
         return {}
 

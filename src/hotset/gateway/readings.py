@@ -65,6 +65,12 @@ def processes(control: Control) -> list[ProcessReport]:
     return of_nodes if control.cpu is None else of_nodes + control.cpu.processes()
 
 
+def pids(control: Control) -> dict[int, str]:
+    """Process id -> model, of every process of a function."""
+    of_nodes = {pid: model for node in control.nodes for pid, model in node.pids().items()}
+    return of_nodes if control.cpu is None else {**of_nodes, **control.cpu.pids()}
+
+
 def histories(control: Control) -> dict[str, ModelHistory]:
     """Model -> what its loads, restores, offloads and unloads cost; of several nodes, the last that had it."""
     return {model: history for node in control.nodes for model, history in node.history().items()}

@@ -7,7 +7,7 @@ all routes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -29,9 +29,10 @@ from hotset.gateway.openfaas.asynchronous import AsyncApi
 from hotset.gateway.openfaas.calls import CALLS
 from hotset.gateway.openfaas.functions import FunctionsApi
 from hotset.gateway.openfaas.info import InfoApi, Role
+from hotset.gateway.openfaas.metrics import FunctionGauges, GatewayCollector, HttpCollector, QueueCollector
 from hotset.gateway.openfaas.namespaces import Namespaces
 from hotset.gateway.openfaas.naming import name_of
-from hotset.gateway.openfaas.prometheus import FunctionGauges, GatewayCollector, QueryApi
+from hotset.gateway.openfaas.prometheus import QueryApi
 from hotset.gateway.openfaas.scaling import Replicas, ScalingApi
 from hotset.gateway.openfaas.secrets import SecretsApi
 from hotset.gateway.openfaas.types import LogEntry
@@ -39,6 +40,7 @@ from hotset.gateway.operations import ACCEPTED, NAMESPACE, Answer, Operation, Pa
 from hotset.gateway.provider_metrics import ProviderMetrics
 from hotset.gateway.state import ExplanationReport, State, explain, state_of, trace, trace_header
 from hotset.gateway.statuses import error_body
+from hotset.gateway.usage import Used, used
 from hotset.gateway.web import (
     ERROR_HANDLERS,
     JSON,
@@ -51,7 +53,7 @@ from hotset.gateway.web import (
     read_whole,
     rfc3339,
 )
-from hotset.store.datastore import BundleRecord, ImageRecord
+from hotset.store.datastore import BundleRecord, FunctionRecord, ImageRecord
 from hotset.store.secrets import Secrets
 
 _DIGEST = name_parameter("SHA-256 of its content.", "digest", "^[0-9a-f]{64}$")
@@ -89,10 +91,11 @@ class SystemApi:
         """
         self._control = control
         self._deployments = deployments
+        self._asynchronous = asynchronous
         self.namespaces = Namespaces(deployments.store, lambda: list(deployments.records))
         self.replicas = Replicas(control, deployments.records)
         self._functions = FunctionsApi(control, deployments, self.namespaces, self.replicas)
-        self._provider_metrics = ProviderMetrics()
+        self._requests = ProviderMetrics()
         find = self._functions.find
         self.operations: list[Operation] = [
             *self._functions.operations(),
@@ -111,7 +114,7 @@ class SystemApi:
     def application(self) -> Any:
         """ASGI, with the provider's request metrics around it."""
         application = Starlette(routes=routes(self.operations), exception_handlers=ERROR_HANDLERS)
-        return self._provider_metrics.around(self._functions.around(application))
+        return self._requests.around(self._functions.around(application))
 
     def _own(self) -> list[Operation]:
         return [
@@ -307,17 +310,29 @@ class SystemApi:
     async def metrics(self, request: Request) -> Response:
         control = self._control
         functions = list(control.functions.metrics())
-        gauges = [
-            FunctionGauges(
-                full_name=name_of(record.name).full,
-                replicas=self.replicas.wanted(record),
-                open_calls=version.calls if (version := control.functions.current.get(record.name)) else 0,
-            )
-            for record in self._deployments.records.values()
-        ]
-        own = HotsetCollector(functions, readings.gpu_metrics(control), readings.waiting(control), control.lost_gpus)
-        body, content_type = exposition(own, GatewayCollector(functions, gauges), self._provider_metrics)
+        uses = await asyncio.to_thread(used, readings.pids(control))
+        gauges = [self._gauges(record, uses) for record in self._deployments.records.values()]
+        body, content_type = exposition(
+            HotsetCollector(functions, readings.gpu_metrics(control), readings.waiting(control), control.lost_gpus),
+            GatewayCollector(functions, gauges),
+            HttpCollector(self._requests, functions, gauges),
+            self._requests,
+            *([QueueCollector(self._asynchronous.queue)] if self._asynchronous is not None else ()),
+        )
         return Response(body, headers={"content-type": content_type})
+
+    def _gauges(self, record: FunctionRecord, uses: Mapping[str, Used]) -> FunctionGauges:
+        version, name = self._control.functions.current.get(record.name), name_of(record.name)
+        wanted = self.replicas.wanted(record)
+        return FunctionGauges(
+            full_name=name.full,
+            namespace=name.namespace,
+            scaling=self.replicas.scaling(record),
+            replicas=wanted,
+            ready=wanted if version else 0,
+            open_calls=version.calls if version else 0,
+            used=uses.get(record.model, Used()),
+        )
 
     async def openapi(self, request: Request) -> Response:
         if self._document is None:

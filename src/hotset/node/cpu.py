@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from time import monotonic
 
 import msgspec
@@ -131,6 +132,10 @@ class CpuPool:
                 )
             )
         return reports
+
+    def pids(self) -> Mapping[int, str]:
+        """As a node's."""
+        return {process.pid: process.spec.model for process in self._alive}
 
     # What the processes report (ProcessOwner)
 

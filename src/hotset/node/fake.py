@@ -258,6 +258,9 @@ class FakeNode:
     def utilisation(self) -> Mapping[str, float]:
         return {gpu_id: float(gpu.turns.running is not None) for gpu_id, gpu in self._gpus.items()}
 
+    def pids(self) -> Mapping[int, str]:
+        return {}
+
     def history(self) -> Mapping[str, ModelHistory]:
         return self._history.report()
 

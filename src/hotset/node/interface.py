@@ -163,6 +163,10 @@ class Node(Protocol):
 
     def processes(self) -> list[ProcessReport]: ...
 
+    def pids(self) -> Mapping[int, str]:
+        """Process id -> model, of the same processes; costs nothing."""
+        ...
+
     def history(self) -> Mapping[str, ModelHistory]:
         """Model -> what its transitions cost, as far as it was seen."""
         ...

@@ -145,6 +145,9 @@ class LocalNode:
                 )
         return reports
 
+    def pids(self) -> Mapping[int, str]:
+        return {process.pid: process.spec.model for lane in self._lanes.values() for process in lane.processes.values()}
+
     def history(self) -> Mapping[str, ModelHistory]:
         return self._history.report()
 

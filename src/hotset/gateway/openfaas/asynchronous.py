@@ -46,7 +46,7 @@ class AsyncCallStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 class AsyncApi:
     def __init__(self, queue: AsyncQueue, policy: CallbackPolicy, *, max_body_bytes: int) -> None:
-        self._queue = queue
+        self.queue = queue
         self._policy = policy
         self._max_body_bytes = max_body_bytes
 
@@ -116,7 +116,7 @@ class AsyncApi:
         callback = request.headers.get("x-callback-url") or None
         if callback is not None:
             await self._policy.check(callback)
-        if self._queue.full:
+        if self.queue.full:
             raise HTTPException(429, "too many asynchronous calls wait: try again later", {"retry-after": "5"})
         body = await read_body(request, self._max_body_bytes)
         given = request.headers.get("x-call-id", "")
@@ -130,7 +130,7 @@ class AsyncApi:
             ),
             callback_url=callback,
         )
-        await self._queue.accept(call_id, function, stored, body)
+        await self.queue.accept(call_id, function, stored, body)
         return Response(status_code=202, headers={"x-call-id": call_id, "x-start-time": str(started_ns)})
 
     async def listed(self, request: Request) -> Response:
@@ -140,7 +140,7 @@ class AsyncApi:
         most = read_whole(request.query_params.get("limit", "100"), "limit")
         if most < 1:
             raise HTTPException(400, "limit must be 1 or more")
-        calls = await asyncio.to_thread(self._queue.store.listed, state, min(most, MOST_LISTED))
+        calls = await asyncio.to_thread(self.queue.store.listed, state, min(most, MOST_LISTED))
         return json_response(
             [
                 AsyncCallStatus(
@@ -157,12 +157,12 @@ class AsyncApi:
         )
 
     async def retry(self, request: Request) -> Response:
-        if not await self._queue.retry(request.path_params["call_id"]):
+        if not await self.queue.retry(request.path_params["call_id"]):
             raise _unknown(request.path_params["call_id"])
         return accepted()
 
     async def remove(self, request: Request) -> Response:
-        if not await self._queue.remove(request.path_params["call_id"]):
+        if not await self.queue.remove(request.path_params["call_id"]):
             raise _unknown(request.path_params["call_id"])
         return accepted()
 

@@ -9,7 +9,6 @@ from time import monotonic
 from urllib.parse import parse_qsl
 
 import msgspec
-import psutil  # type: ignore[import-untyped]
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -35,6 +34,7 @@ from hotset.gateway.openfaas.types import (
 )
 from hotset.gateway.operations import ACCEPTED, NAMESPACE, Answer, Operation, Parameter, name_parameter
 from hotset.gateway.statuses import error_body
+from hotset.gateway.usage import Used, used
 from hotset.gateway.web import BUG, NDJSON, accepted, json_response, read_flag, read_json, rfc3339, status_of_error
 from hotset.store.datastore import FunctionRecord
 
@@ -59,7 +59,8 @@ class FunctionsApi:
         self._namespaces = namespaces
         self._replicas = replicas
         self._running: set[asyncio.Task[FunctionRecord]] = set()
-        self._cpu_times: dict[str, tuple[float, float]] = {}
+        self._looks: dict[str, tuple[Used, float]] = {}
+        """Model -> what it used when it was last asked for, and when that was."""
 
     def operations(self) -> list[Operation]:
         deploys = {
@@ -141,7 +142,8 @@ class FunctionsApi:
 
     async def status(self, request: Request) -> Response:
         query = request.query_params
-        return json_response(self._answer(request.path_params["name"], query.get("namespace"), query.get("usage", "")))
+        status = self.status_of(self.find(request.path_params["name"], (query.get("namespace"),)))
+        return json_response(await self._with_usage(status) if read_flag(query.get("usage", "")) else status)
 
     def around(self, application: Application) -> Application:
         """The same application, with a way past the framework for what an OpenFaaS gateway asks before every call."""
@@ -151,10 +153,12 @@ class FunctionsApi:
                 await application(scope, receive, send)
                 return
             query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
+            if read_flag(query.get("usage", "")):
+                await application(scope, receive, send)
+                return
             code = 200
             try:
-                answer = self._answer(scope["path"][len(_STATUS) :], query.get("namespace"), query.get("usage", ""))
-                body = _encode(answer)
+                body = _encode(self.status_of(self.find(scope["path"][len(_STATUS) :], (query.get("namespace"),))))
             except HTTPException as error:
                 code, body = error.status_code, error_body(error.detail)
             headers = [_JSON_TYPE, (b"content-length", b"%d" % len(body))]
@@ -162,11 +166,6 @@ class FunctionsApi:
             await send({"type": "http.response.body", "body": body})
 
         return shortened
-
-    def _answer(self, name: str, namespace: str | None, usage: str) -> FunctionStatus:
-        record = self.find(name, (namespace,))
-        status = self.status_of(record)
-        return msgspec.structs.replace(status, usage=self._usage(record)) if read_flag(usage) else status
 
     def status_of(self, record: FunctionRecord) -> FunctionStatus:
         return self._status(record, readings.waiting_of(self._control, record.name))
@@ -214,25 +213,16 @@ class FunctionsApi:
             hotset=details,
         )
 
-    def _usage(self, record: FunctionRecord) -> Usage:
-        """Of all its processes, with what they started."""
-        memory, seconds = 0, 0.0
-        for report in readings.processes(self._control):
-            if report.model != record.model:
-                continue
-            try:
-                process = psutil.Process(report.pid)
-                for each in (process, *process.children(recursive=True)):
-                    memory += each.memory_info().rss
-                    times = each.cpu_times()
-                    seconds += times.user + times.system
-            except psutil.Error:
-                continue
-        now_s = monotonic()
-        before, at_s = self._cpu_times.get(record.model, (0.0, self._control.started_s))
-        self._cpu_times[record.model] = (seconds, now_s)
-        milli = 1000.0 * max(0.0, seconds - before) / max(now_s - at_s, 0.001)
-        return Usage(cpu=round(milli, 3), total_memory_bytes=float(memory))
+    async def _with_usage(self, status: FunctionStatus) -> FunctionStatus:
+        model = status.hotset.model
+        mine = {pid: owner for pid, owner in readings.pids(self._control).items() if owner == model}
+        now = (await asyncio.to_thread(used, mine)).get(model, Used())
+        at_s = monotonic()
+        before, before_s = self._looks.get(model, (Used(), self._control.started_s))
+        self._looks[model] = (now, at_s)
+        milli = 1000.0 * max(0.0, now.cpu_s - before.cpu_s) / max(at_s - before_s, 0.001)
+        usage = Usage(cpu=round(milli, 3), total_memory_bytes=float(now.memory_bytes))
+        return msgspec.structs.replace(status, usage=usage)
 
     # Changing
 

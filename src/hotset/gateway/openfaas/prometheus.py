@@ -1,4 +1,4 @@
-"""Metrics under OpenFaaS's names, and the one Prometheus query its gateway makes.
+"""The one Prometheus query that an OpenFaaS gateway makes.
 
 With no Prometheus to ask, an OpenFaaS gateway drops the connection of whoever lists functions; so the query is
 answered here, from the counters, and gives ``invocationCount``.
@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hotset.gateway.metrics import BUCKETS_S, FunctionMetrics, cumulative
-from hotset.gateway.openfaas.naming import name_of
 from hotset.gateway.operations import Answer, Operation, Parameter
 from hotset.gateway.web import json_response
-
-if TYPE_CHECKING:
-    from prometheus_client.metrics_core import Metric
 
 INVOCATIONS = "gateway_function_invocation_total"
 _QUERY = {"type": "string", "minLength": 1}
@@ -49,45 +43,6 @@ class QueryError(msgspec.Struct, frozen=True, kw_only=True, rename={"error_type"
     status: str
     error_type: str
     error: str
-
-
-class FunctionGauges(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of one function, now."""
-
-    full_name: str
-    """``NAME.NAMESPACE``."""
-    replicas: int
-    open_calls: int
-
-
-class GatewayCollector:
-    """OpenFaaS's gateway metrics, at scrape time."""
-
-    def __init__(self, functions: Sequence[FunctionMetrics], gauges: Sequence[FunctionGauges]) -> None:
-        self._functions = functions
-        self._gauges = gauges
-
-    def collect(self) -> Iterator[Metric]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-
-        labels = ["function_name", "code"]
-        calls = CounterMetricFamily("gateway_function_invocation", "Calls that ended.", labels=labels)
-        seconds = HistogramMetricFamily("gateway_functions_seconds", "Time a call took.", labels=labels)
-        started = CounterMetricFamily("gateway_function_invocation_started", "Calls begun.", labels=["function_name"])
-        open_calls = {each.full_name: each.open_calls for each in self._gauges}
-        for each in self._functions:
-            full = name_of(each.function).full
-            for status, of_status in each.by_status.items():
-                calls.add_metric([full, str(status)], of_status.count)
-                seconds.add_metric([full, str(status)], cumulative(BUCKETS_S, of_status.buckets), of_status.duration_s)
-            started.add_metric([full], each.total + open_calls.get(full, 0))
-        yield from (calls, seconds, started)
-        inflight = GaugeMetricFamily("gateway_function_invocation_inflight", "Open calls.", labels=["function_name"])
-        wanted = GaugeMetricFamily("gateway_service_count", "Replicas wanted.", labels=["function_name"])
-        for gauge in self._gauges:
-            inflight.add_metric([gauge.full_name], gauge.open_calls)
-            wanted.add_metric([gauge.full_name], gauge.replicas)
-        yield from (inflight, wanted)
 
 
 class QueryApi:

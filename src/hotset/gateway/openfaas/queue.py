@@ -12,7 +12,7 @@ import heapq
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 import msgspec
@@ -86,6 +86,12 @@ class AsyncQueue:
         self._known: dict[int, int] = {}
         """Number -> bytes of its body, of every call that has not ended, dead letters apart."""
         self._bytes = 0
+        self.accepted = 0
+        """Calls taken since the start."""
+        self.ended = 0
+        """Calls that ended since, one way or another."""
+        self.inflight: Counter[str] = Counter()
+        """Calls being made, by the name they are made under."""
         self._on_gpus = 0
         """Asynchronous calls that are on a GPU, or on their way there."""
         self._news = asyncio.Event()
@@ -123,6 +129,12 @@ class AsyncQueue:
         """Calls that have not ended, dead letters apart."""
         return len(self._known)
 
+    def pending(self) -> Counter[str]:
+        """Calls that wait to be made, or made again, by function. Linear in them."""
+        waiting = [call for lane in self._lanes.values() for call in lane]
+        waiting += [call for _, _, call in self._later]
+        return Counter(call.function for call in waiting if call.number in self._known)
+
     async def accept(self, call_id: str, function: str, request: AsyncRequest, body: bytes) -> None:
         """Returns when the call is on the disk; raises ``StoreError`` when it cannot be written."""
         call = AsyncCall(call_id=call_id, function=function, accepted_at_s=self._unix_time(), body_bytes=len(body))
@@ -130,6 +142,7 @@ class AsyncQueue:
         self._added.append((call, request, body, written))
         self._to_write.set()
         await asyncio.shield(written)
+        self.accepted += 1
 
     async def retry(self, call_id: str) -> bool:
         """Try a dead letter again, from the beginning; False: there is none of that id."""
@@ -181,6 +194,7 @@ class AsyncQueue:
 
     def _forget(self, call: AsyncCall) -> None:
         """It has ended."""
+        self.ended += call.number in self._known
         self._bytes -= self._known.pop(call.number, 0)
 
     def _on_gpu(self, call: AsyncCall) -> bool:
@@ -294,6 +308,7 @@ class AsyncQueue:
             content_type = REQUEST
         on_gpu = version.spec.scheduled is not None
         self._on_gpus += on_gpu
+        self.inflight[call.function] += 1
         try:
             result = await self._control.call(key, body, content_type, accept, caller=CALLER)
             if not self._control.accepting and result.record.status == 503:
@@ -301,6 +316,8 @@ class AsyncQueue:
             return await _read(version, result)
         finally:
             self._on_gpus -= on_gpu
+            self.inflight[call.function] -= 1
+            self.inflight += Counter()  # drops those at 0
 
     async def _call_back(self, url: str, call: AsyncCall, answer: _Answer) -> str | None:
         """Send the answer until it is taken; returns why it was not."""

@@ -67,6 +67,10 @@ class Replicas:
             function.wanted = max(1, function.scaling.minimum)
         return function.wanted
 
+    def scaling(self, record: FunctionRecord) -> Scaling:
+        """What its labels say."""
+        return self._function(record).scaling
+
     def scale(self, record: FunctionRecord, replicas: int) -> None:
         """Set it; 400 above ``scale.max``. 0 evicts the model as soon as it is idle."""
         function = self._function(record)
