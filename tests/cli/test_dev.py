@@ -117,3 +117,14 @@ def test_it_is_loaded_again_while_nobody_calls(file: Path, monkeypatch: pytest.M
 
     asyncio.run(asyncio.wait_for(story(), 30))
     assert "SyntaxError" in said[1]
+
+
+def test_one_of_several_functions_is_chosen_by_its_entry(file: Path) -> None:
+    file.write_text(
+        CODE.format("2 * number") + "\n@hotset.function\ndef thrice(number: int) -> int:\n    return 3 * number\n"
+    )
+    said: list[str] = []
+    DevelopedFunction(file, "cpu", said.append).reload()
+    assert "--entry: twice_dev:Twice, twice_dev:thrice" in said[-1]
+    chosen = DevelopedFunction(file, "cpu", said.append, "twice_dev:thrice")
+    assert Client(chosen).post("/", {"number": 2}).json() == 6

@@ -69,8 +69,8 @@ def test_reload_forgets_the_old_code_and_its_helpers(code: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("double_fn", r"name one of its functions: double_fn:one, double_fn:Two"),
-        ("double_fn:Three", r"double_fn has no Three; name one of its functions"),
+        ("double_fn", r"choose one of its functions with --entry: double_fn:one, double_fn:Two"),
+        ("double_fn:Three", r"double_fn has no Three; choose one of its functions"),
         ("double_fn:Undecorated", r"Undecorated in double_fn is no function yet; put @hotset\.function above it"),
         ("empty_fn", r"nothing in it is decorated; put @hotset\.function above"),
         ("missing_fn:X", r"no module missing_fn in"),

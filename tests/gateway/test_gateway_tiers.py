@@ -8,7 +8,8 @@ import msgspec
 import pytest
 from gateway_world import GPU, MIB, Client, Reply, World, run, version
 
-from hotset.cli.watch import render_state, tier, transitions
+from hotset.cli.functions import tier, transitions
+from hotset.cli.top import render_state
 from hotset.gateway import readings
 from hotset.gateway.app import Gateway
 from hotset.gateway.calls import Result

@@ -36,9 +36,10 @@ from hotset.functions.units import parse_bytes, parse_duration
 @click.option("--fprocess", metavar="COMMAND", help="A command that serves it, instead of Python code.")
 @click.option("--secret", "secrets", multiple=True, metavar="NAME", help="A secret it gets as a file; repeatable.")
 @click.option("--name", help="The function's name in URLs; default: the file's or folder's name.")
-@click.option("--entry", metavar="MODULE[:NAME]", help="Where the function is, when the bundle has several files.")
+@click.option("--entry", metavar="MODULE[:NAME]", help="Where the function is, when the bundle has several.")
 @click.option("--gpu-memory", metavar="SIZE", help="GPU memory it takes while resident, such as 600MiB.")
 @click.option("--max-batch", type=click.IntRange(min=1), help="Most requests that one run may join.")
+@click.option("--max-batch-wait", metavar="TIME", help="How long a request may be held back for others to join it.")
 @click.option("--timeout", metavar="TIME", help="Longest one call may run, such as 30s.")
 @click.option("--load-timeout", metavar="TIME", help="Longest the model may take to load.")
 @click.option("--retry/--no-retry", default=None, help="Whether a call may run again when its process died.")
@@ -59,6 +60,7 @@ def deploy(
     entry: str | None,
     gpu_memory: str | None,
     max_batch: int | None,
+    max_batch_wait: str | None,
     timeout: str | None,
     load_timeout: str | None,
     retry: bool | None,
@@ -86,7 +88,8 @@ def deploy(
     service = name or function_name(source.resolve().stem if source is not None else _last_part(image or ""))
     if gpu_memory is not None:
         parse_bytes(gpu_memory, "--gpu-memory")
-    for value, flag in ((timeout, "--timeout"), (load_timeout, "--load-timeout")):
+    durations = ((max_batch_wait, "--max-batch-wait"), (timeout, "--timeout"), (load_timeout, "--load-timeout"))
+    for value, flag in durations:
         if value is not None:
             parse_duration(value, flag)
     is_model = source is not None and source.is_file() and source.suffix in SUFFIXES
@@ -96,6 +99,7 @@ def deploy(
         "entry": entry or (source.stem if source is not None and source.is_file() and not is_model else None),
         "gpu_memory": gpu_memory,
         "max_batch": None if is_model else max_batch,
+        "max_batch_wait": max_batch_wait,
         "timeout": timeout,
         "load_timeout": load_timeout,
         "retry": retry,

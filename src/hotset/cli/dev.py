@@ -27,8 +27,9 @@ MAX_WATCHED_FILES = 10_000
 class DevelopedFunction:
     """The function as its files are now. A version that does not load is not served: its traceback is the answer."""
 
-    def __init__(self, file: Path, device: str, say: Callable[[str], None]) -> None:
+    def __init__(self, file: Path, device: str, say: Callable[[str], None], entry: str | None = None) -> None:
         self.file = file
+        self._entry = entry or file.stem
         self._device = device
         self._say = say
         self._runtime: Runtime | None = None
@@ -53,7 +54,7 @@ class DevelopedFunction:
             if self._runtime is not None:
                 self._runtime.unload()
             self._runtime = None
-            runtime = Runtime(load_entry(self.file.parent, self.file.stem, reload=True), self._device)
+            runtime = Runtime(load_entry(self.file.parent, self._entry, reload=True), self._device)
             runtime.load()
         except Exception as error:  # noqa: BLE001 - the user's own code: its traceback is what this command is for
             told = isinstance(error, FunctionError)
@@ -121,12 +122,13 @@ def application(function: DevelopedFunction) -> Starlette:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--port", default=8081, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--device", default="cpu", show_default=True, help="What load gets, such as cpu or cuda:0.")
-def dev(file: Path, port: int, device: str) -> None:
+@click.option("--entry", metavar="MODULE[:NAME]", help="Which function, when FILE has several.")
+def dev(file: Path, port: int, device: str, entry: str | None) -> None:
     """Run the function in FILE here, in the foreground: no deployment, no scheduler.
 
     It is loaded again whenever a Python file beside it changes. What it raises is shown here and sent as the answer,
     with its whole traceback. Ctrl-C ends it.
     """
-    function = DevelopedFunction(file.resolve(), device, lambda text: click.echo(text, err=True))
+    function = DevelopedFunction(file.resolve(), device, lambda text: click.echo(text, err=True), entry)
     click.echo(f"Call it: curl http://127.0.0.1:{port}/ -d JSON", err=True)
     uvicorn.run(application(function), host="127.0.0.1", port=port, log_level="warning")

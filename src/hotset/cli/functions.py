@@ -14,9 +14,8 @@ import click
 import httpx
 
 from hotset.cli.options import gateway_option, json_option, print_rows
-from hotset.cli.output import write_json
+from hotset.cli.output import milliseconds, write_json
 from hotset.cli.remote import Remote, ServerError, error_text
-from hotset.cli.watch import tier, transitions
 from hotset.errors import ConfigurationError
 from hotset.functions.units import format_bytes
 
@@ -115,6 +114,33 @@ def _state_rows(state: dict[str, Any] | None) -> list[tuple[str, str]]:
     if state is None or not (state["transitions"] or state["warm"]):
         return []
     return [("tier", tier(state)), ("warm on", ", ".join(state["warm"]) or "no GPU now"), *transitions(state)]
+
+
+def tier(function: dict[str, Any]) -> str:
+    """Where a function of the state is, at best."""
+    return "hot" if function["hot"] else "warm" if function["warm"] else "cold"
+
+
+def transitions(function: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows that say what a function's changes of residency cost."""
+    rows = [
+        (
+            name,
+            f"last {milliseconds(times['last_s'])}, median {milliseconds(times['median_s'])} ({times['count']} times)",
+        )
+        for name, times in function["transitions"].items()
+    ]
+    parts = function["last_load"]
+    if parts is not None:
+        steps = {
+            "process": parts["process_s"],
+            "import": parts["import_s"],
+            "load": parts["load_s"],
+            "first run": parts["first_run_s"],
+        }
+        spent = (f"{name} {milliseconds(spent_s)}" for name, spent_s in steps.items() if spent_s is not None)
+        rows.append(("last load", ", ".join(spent)))
+    return rows
 
 
 @click.command()

@@ -77,6 +77,16 @@ def _draw(table: Table) -> None:
     console.print(drawn)
 
 
+def milliseconds(seconds: float) -> str:
+    """A duration as a person reads it beside others."""
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def function_of(model: str) -> str:
+    """The function that a model, ``NAME@VERSION``, belongs to."""
+    return model.rpartition("@")[0] or model
+
+
 def write_json(value: object, destination: str | Path = STDOUT) -> None:
     """Write a value as indented JSON with sorted keys to a file, or to stdout for ``-``; equal values, equal bytes."""
     text = msgspec.json.format(msgspec.json.encode(value, order="sorted"), indent=2) + b"\n"

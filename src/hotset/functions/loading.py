@@ -104,4 +104,4 @@ def _choice(module: ModuleType) -> str:
     names = list(functions_in(module))
     if not names:
         return "nothing in it is decorated; put @hotset.function above a class with predict or a plain function"
-    return f"name one of its functions: {', '.join(f'{module.__name__}:{name}' for name in names)}"
+    return f"choose one of its functions with --entry: {', '.join(f'{module.__name__}:{name}' for name in names)}"

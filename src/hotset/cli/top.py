@@ -1,0 +1,106 @@
+"""``hotset top``: what is in the memory of each GPU, what runs, what waits."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from hotset.cli.functions import tier
+from hotset.cli.options import gateway_option, json_option
+from hotset.cli.output import function_of, write_json
+from hotset.cli.remote import Remote
+from hotset.functions.units import format_bytes
+
+BAR_WIDTH = 10
+
+
+@click.command()
+@click.option(
+    "--interval", default=1.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds between looks."
+)
+@click.option("--once", is_flag=True, help="Look once and end.")
+@gateway_option
+@json_option
+def top(interval: float, once: bool, gateway: str, as_json: bool) -> None:
+    """Watch the GPUs: what is in their memory, what runs, what waits, how often calls hit. Ctrl-C ends it."""
+    with Remote(gateway) as remote:
+        if as_json or once:
+            state = remote.get("/system/state")
+            if as_json:
+                write_json(state)
+            else:
+                Console().print(render_state(state))
+            return
+        with Live(render_state(remote.get("/system/state")), screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(interval)
+                live.update(render_state(remote.get("/system/state")), refresh=True)
+
+
+def render_state(state: dict[str, Any]) -> RenderableType:
+    """The state as ``top`` shows it."""
+    ratio = state["hit_ratio"]
+    healthy = "healthy" if state["healthy"] else "NOT HEALTHY"
+    title = Text(
+        f"hotset {healthy}, {state['policy']} + {state['eviction']}, up {state['uptime_s']:.0f} s, "
+        f"{state['requests']} calls, {state['waiting']} waiting, "
+        f"hit ratio {'-' if ratio is None else f'{ratio:.1%}'}",
+        style="bold" if state["healthy"] else "bold red",
+    )
+    parts: list[RenderableType] = [title, _gpus(state), _functions(state)]
+    for host in state["hosts"]:
+        used, capacity = format_bytes(host["used_bytes"]), format_bytes(host["capacity_bytes"])
+        parts.append(Text(f"parked in the host memory of {host['node']}: {used} of {capacity}"))
+    return Group(*parts)
+
+
+def _gpus(state: dict[str, Any]) -> Table:
+    table = _table("GPU", "memory", "used", "busy", "runs", "hot, least recently used first", "warm")
+    for gpu in state["gpus"]:
+        share = gpu["used_bytes"] / gpu["capacity_bytes"] if gpu["capacity_bytes"] else 0.0
+        filled = round(share * BAR_WIDTH)
+        residents = ", ".join(
+            f"{function_of(each['model'])} {format_bytes(each['memory_bytes'])}" + ("*" if each["in_use"] else "")
+            for each in gpu["residents"]
+        )
+        table.add_row(
+            gpu["gpu_id"],
+            "#" * filled + "." * (BAR_WIDTH - filled),
+            f"{format_bytes(gpu['used_bytes'])} / {format_bytes(gpu['capacity_bytes'])}",
+            f"{gpu['busy_ratio']:.0%}",
+            function_of(gpu["running"] or "-"),
+            residents or "nothing",
+            str(len(gpu["parked"])),
+        )
+    return table
+
+
+def _functions(state: dict[str, Any]) -> Table:
+    columns = ("function", "tier", "calls", "wait", "errors", "hits", "warm", "misses", "ms", "load ms", "back ms")
+    table = _table(*columns)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for each in sorted(state["functions"], key=lambda function: -function["requests"]):
+        latency_s = each["mean_latency_s"]
+        counts = [str(each[key]) for key in ("requests", "waiting", "errors", "hits", "restores", "misses")]
+        medians = [_ms(each["transitions"].get(name, {}).get("median_s")) for name in ("load", "restore")]
+        table.add_row(each["name"], tier(each), *counts, _ms(latency_s), *medians)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """Columns without rules between them, the first never cut: what a terminal of 80 columns has room for."""
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.columns[0].no_wrap = True
+    return table
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.1f}"
