@@ -84,6 +84,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     """GPU memory while resident; declared at first, then replaced by what was measured."""
     max_batch: int = 1
     """Most requests that one run may join."""
+    max_batch_wait_s: float = 0.0
+    """How long a request for it may be held back, while it is resident, until so many are together."""
     retry: bool = True
     """Whether a request whose process died may run once more."""
     profile: Profile = Profile()

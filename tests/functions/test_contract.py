@@ -32,6 +32,7 @@ def test_options_are_read_in_their_units() -> None:
         name="embed",
         gpu_memory="600MiB",
         max_batch=16,
+        max_batch_wait="5ms",
         timeout="30s",
         load_timeout=90,
         retry=False,
@@ -44,6 +45,7 @@ def test_options_are_read_in_their_units() -> None:
     options = options_of(Embed)
     assert options is not None
     assert (options.name, options.gpu_memory_bytes, options.max_batch) == ("embed", 600 * 2**20, 16)
+    assert options.max_batch_wait_s == 0.005
     assert (options.timeout_s, options.load_timeout_s, options.retry) == (30.0, 90.0, False)
     assert options.env == {"OMP_NUM_THREADS": "1"}
 
@@ -206,6 +208,7 @@ class HidesATensor:
         (HidesATensor, {}, r"Tensor\(\.\.\.\) inside Box\.corners would not be checked"),
         (Typed, {"max_batch": 0}, r"max_batch is 0; give a whole number from 1"),
         (Typed, {"max_batch": True}, r"max_batch is True"),
+        (Typed, {"max_batch_wait": "5ms"}, r"max_batch_wait is for filling batches: give max_batch too"),
         (Typed, {"gpu_memory": "lots"}, r"Typed: gpu_memory: 'lots' is no size; write one such as 600MiB"),
         (Typed, {"gpu_memory": 0}, r"gpu_memory must be more than 0"),
         (Typed, {"timeout": "soon"}, r"timeout: 'soon' is no duration"),

@@ -84,6 +84,7 @@ def test_a_recorded_trace_can_be_replayed(tmp_path):
         header = json.loads(path.read_text().splitlines()[0])
         assert header["models"]["cat"]["memory_bytes"] == 80 * MIB
         assert (header["models"]["cat"]["max_batch"], header["models"]["cat"]["batch_marginal"]) == (1, 1.0)
+        assert header["settings"]["o3_limit"] == 25
         assert [each["gpu_id"] for each in header["gpus"]] == [GPU]
         rows = list(open_trace(path).rows())
         assert [each.function for each in rows] == ["cat", "dog", "cat"]

@@ -152,6 +152,33 @@ def test_overrides_of_a_deployment_win_over_the_decorator(tmp_path):
     serving(story, tmp_path)
 
 
+def test_how_long_a_batch_may_be_held_is_said_by_the_code_a_field_or_an_annotation(tmp_path):
+    code = """
+import hotset
+
+@hotset.function(max_batch=4, max_batch_wait="5ms")
+class Greet:
+    def predict(self, names: list[str]) -> list[str]:
+        return names
+"""
+
+    async def story(server: Server):
+        async def held_s(**deployment: object) -> float:
+            assert (await server.deploy(code, **deployment)).status == 202
+            details = json.loads((await server.json("GET", "/system/function/greet")).body)["hotset"]
+            scheduled = server.control.functions.current["greet"].spec.scheduled
+            assert scheduled is not None
+            assert scheduled.max_batch_wait_s == details["max_batch_wait_s"]
+            return scheduled.max_batch_wait_s
+
+        annotations = {"hotset.max-batch-wait": "2ms"}
+        assert await held_s() == 0.005
+        assert await held_s(annotations=annotations) == 0.002
+        assert await held_s(annotations=annotations, hotset={"max_batch_wait": 0}) == 0.0
+
+    serving(story, tmp_path)
+
+
 def test_a_function_that_declares_no_memory_reserves_what_every_gpu_has(tmp_path):
     async def story(server: Server):
         assert (await server.deploy(GREET.replace('gpu_memory="64MiB", ', ""))).status == 202
@@ -203,6 +230,8 @@ def test_code_that_does_not_work_is_refused_and_the_old_version_stays(tmp_path):
             (GREET, {"max_batch": 8}, "change it there"),
             (GREET, {"timeout": "soon"}, "timeout"),
             (GREET, {"timeout": 0}, "greater than 0"),
+            (GREET, {"max_batch_wait": "5ms"}, "for functions that join requests"),
+            (GREET, {"max_batch_wait": "soon"}, "max_batch_wait"),
         ]
         for code, overrides, says in refused:
             reply = await server.deploy(code, hotset=overrides)

@@ -19,6 +19,7 @@ def check(scheduler: Scheduler, now_s: float) -> None:
     check_queue(scheduler)
     check_holders(scheduler.cluster)
     check_deadlines(scheduler, now_s)
+    assert scheduler.cluster.gathering.next_s > now_s, "a batch that is due is not held"
 
 
 def check_memory(scheduler: Scheduler) -> None:
@@ -98,6 +99,9 @@ def check_requests(scheduler: Scheduler) -> None:
     cluster = scheduler.cluster
     places: list[tuple[int, Place]] = [(id_of(entry), Place.QUEUED) for entry in cluster.queue.in_order()]
     places += [(id_of(entry), Place.RETRY) for entry in scheduler._requests.retries]
+    for name, batch in cluster.gathering._batches.items():
+        assert 0 < len(batch.entries) < cluster.models[name].max_batch, "a full batch is not held"
+        places += [(id_of(entry), Place.GATHERING) for entry in batch.entries]
     for gpu in cluster.gpus.values():
         places += [(id_of(entry), Place.LOCAL) for entry in gpu.local_queue]
         for entry in [*gpu.local_queue, *(gpu.work.entries if gpu.work is not None else ())]:

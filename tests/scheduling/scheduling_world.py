@@ -6,6 +6,7 @@ soon as an action breaks a rule. After every event the scheduler's indexes are r
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ def model(
     load_s: float | None = 4.0,
     inference_s: float | None = 1.0,
     max_batch: int = 1,
+    max_batch_wait_s: float = 0.0,
     retry: bool = True,
     min_copies: int = 0,
 ) -> Model:
@@ -92,6 +94,7 @@ def model(
         name=name,
         memory_bytes=int(gib * GIB),
         max_batch=max_batch,
+        max_batch_wait_s=max_batch_wait_s,
         retry=retry,
         min_copies=min_copies,
         profile=Profile(load_s=load_s, inference_s=inference_s),
@@ -270,7 +273,10 @@ class World:
         for _ in range(10_000):
             busy = [device for device in self.devices.values() if device.in_use or device.lane]
             if not busy:
-                break
+                if self.scheduler.cluster.gathering.next_s == math.inf:
+                    break
+                self.wait(self.scheduler.cluster.gathering.next_s - self.now_s)
+                continue
             device = busy[0]
             if device.loading is not None:
                 self.loaded(device.gpu.gpu_id)

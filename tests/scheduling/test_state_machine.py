@@ -241,9 +241,16 @@ class ClusterStory(RuleBasedStateMachine):
             case "model is added":
                 gib, retry = data.draw(st.sampled_from((1.0, 2.0, 5.0))), data.draw(st.booleans())
                 max_batch, inference_s = data.draw(st.sampled_from(((1, 1.0), (1, 0.0), (4, 1.0), (4, None))))
-                copies = data.draw(st.sampled_from((0, 0, 0, 1, 2)))
                 world.add(
-                    model(name, gib, max_batch=max_batch, retry=retry, inference_s=inference_s, min_copies=copies)
+                    model(
+                        name,
+                        gib,
+                        max_batch=max_batch,
+                        max_batch_wait_s=data.draw(st.sampled_from((0.0, 2.0))) if max_batch > 1 else 0.0,
+                        retry=retry,
+                        inference_s=inference_s,
+                        min_copies=data.draw(st.sampled_from((0, 0, 0, 1, 2))),
+                    )
                 )
             case "model is removed":
                 world.remove(name)

@@ -89,16 +89,32 @@ class TestBatches:
         assert metrics.mean_latency_s == pytest.approx((3 * 5.5 + 6.5) / 4)
         assert metrics.gpu_utilisation == pytest.approx(2.5 / 6.5)
 
+    def test_a_request_is_held_back_for_others_while_its_model_is_resident(self) -> None:
+        """The first runs 4-5. Of two at 10 and 10.25 the first is held until 10.5; both are done 1.25 s later."""
+        cost = batching(COST, 3, 0.25, wait_s=0.5)
+        metrics = play([(0.0, "a"), (10.0, "a"), (10.25, "a")], cost=cost)
+
+        assert metrics.mean_latency_s == pytest.approx((5.0 + 1.75 + 1.5) / 3)
+        assert metrics.makespan_s == pytest.approx(11.75)
+
+    def test_a_full_batch_is_not_held(self) -> None:
+        cost = batching(COST, 2, 0.25, wait_s=0.5)
+        metrics = play([(0.0, "a"), (10.0, "a"), (10.125, "a")], cost=cost)
+
+        assert metrics.makespan_s == pytest.approx(11.375)
+
     def test_others_do_not_join(self) -> None:
         metrics = play([(0.0, "a"), (0.0, "b")], cost=batching(COST, 3, 0.25))
 
         assert metrics.makespan_s == pytest.approx(10.0)
 
     def test_a_cluster_makes_all_its_models_batch(self) -> None:
-        cluster = ClusterSpec(gpus=1, models=COST, gpu_memory_bytes=1, max_batch=8, batch_marginal=0.1)
+        cluster = ClusterSpec(
+            gpus=1, models=COST, gpu_memory_bytes=1, max_batch=8, batch_marginal=0.1, max_batch_wait_s=0.5
+        )
         cost = cluster.hardware(["a"], seed=0).costs["a"]
 
         assert cost.max_batch == 8
         assert cost.run_s(8) == pytest.approx(1.7)
         (model,) = cluster.hardware(["a"], seed=0).models()
-        assert model.max_batch == 8
+        assert (model.max_batch, model.max_batch_wait_s) == (8, 0.5)

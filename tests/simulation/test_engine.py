@@ -130,6 +130,14 @@ class TestFaults:
     def test_it_can_be_lost_in_the_middle_of_a_run(self):
         metrics = play(engine(Fault(4.5, "sim/gpu:0", back_s=20.0)), (0.0, "a"))
         assert metrics.makespan_s == 25.0
+        # It loaded 0-4 and ran until 4.5; then 20-25.
+        assert metrics.gpu_utilisation == pytest.approx(1.5 / 25)
+        assert metrics.gpu_busy == pytest.approx((4.5 + 5.0) / 25)
+        assert metrics.mean_inference_s == pytest.approx(1.5)
+
+    def test_what_a_gpu_did_until_it_was_lost_counts_and_no_more(self):
+        metrics = play(engine(Fault(3.0, "sim/gpu:0", back_s=20.0)), (0.0, "a"))
+        assert metrics.gpu_busy == pytest.approx((3.0 + 5.0) / 25)
 
     def test_requests_that_nobody_can_serve_any_more_are_an_error(self):
         with pytest.raises(ConfigurationError, match="every GPU failed and 1 requests wait for ever"):

@@ -69,7 +69,7 @@ class Replayed(msgspec.Struct, frozen=True):
 @click.argument("trace", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--policy", metavar="A,B,...", help="Policies to try; default: the recorded one, lb, lalb and lalb_o3.")
 @click.option("--eviction", help="Eviction policy; default: the recorded one.")
-@click.option("--o3-limit", default=25, show_default=True, type=click.IntRange(min=0))
+@click.option("--o3-limit", type=click.IntRange(min=0), help="Most times passed over; default: as recorded.")
 @click.option("--gpus", type=click.IntRange(min=1), help="What if there were this many GPUs?")
 @click.option("--gpu-memory", metavar="SIZE", help="What if each had this much memory?")
 @click.option("--load-scale", default=1.0, show_default=True, type=click.FloatRange(min=0), help="Dearer loads?")
@@ -80,7 +80,7 @@ def replay(
     trace: Path | None,
     policy: str | None,
     eviction: str | None,
-    o3_limit: int,
+    o3_limit: int | None,
     gpus: int | None,
     gpu_memory: str | None,
     load_scale: float,
@@ -109,9 +109,10 @@ def replay(
         gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
         load_scale=load_scale,
     )
+    settings = known.settings if o3_limit is None else msgspec.structs.replace(known.settings, o3_limit=o3_limit)
     results = [Replayed(known.policy, known.eviction, True, measured(recording))]
     for name in dict.fromkeys(names):
-        metrics = simulated(recording, hardware, name, eviction, PolicySettings(o3_limit=o3_limit))
+        metrics = simulated(recording, hardware, name, eviction, settings)
         results.append(Replayed(name, eviction, False, metrics))
     if as_json:
         write_json({"calls": len(recording.rows), "runs": [_as_json(result) for result in results]})
@@ -178,6 +179,7 @@ def hardware_of(
             inference_s=runs.inference_s if runs else learned.inference_s,
             batch_marginal=runs.marginal if runs else learned.batch_marginal,
             max_batch=learned.max_batch,
+            max_batch_wait_s=learned.max_batch_wait_s,
             restore_s=restore_s,
             offload_s=learned.offload_s,
             residue_bytes=learned.residue_bytes,
@@ -252,8 +254,11 @@ def config_of(recording: Recording) -> SchedulerConfig:
 def simulated(
     recording: Recording, hardware: Hardware, policy: str, eviction: str, settings: PolicySettings | None = None
 ) -> RunMetrics:
-    """What the simulator predicts for the recorded calls under these policies."""
-    scheduler = Scheduler(make_policy(policy, settings), make_eviction(eviction), config_of(recording))
+    """What the simulator predicts for the recorded calls under these policies; with the recorded settings unless told
+    others."""
+    scheduler = Scheduler(
+        make_policy(policy, settings or recording.header.settings), make_eviction(eviction), config_of(recording)
+    )
     return Engine(scheduler, hardware).run(arrivals_of(recording))
 
 

@@ -138,6 +138,7 @@ def _working_set(text: str) -> int | None:
 @click.option("--bandwidth", metavar="SIZE", help="Bytes a second that a load copies, such as 12GB.")
 @click.option("--inference", metavar="TIME", help="Run time of every model.")
 @click.option("--max-batch", type=click.IntRange(min=1), help="Most requests of one function that share a run.")
+@click.option("--max-batch-wait", metavar="TIME", help="How long one is held back for others; with --max-batch.")
 @click.option(
     "--batch-marginal",
     type=click.FloatRange(min=0),
@@ -230,6 +231,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     inference: str | None
     max_batch: int | None
     batch_marginal: float | None
+    max_batch_wait: str | None
     deadline: str | None
     host_memory: str | None
     copy_bandwidth: str | None
@@ -247,6 +249,8 @@ def experiment(options: Options) -> ExperimentSpec:
     base = preset(options.preset_name)
     if (options.max_batch is None) != (options.batch_marginal is None):
         raise ConfigurationError("--max-batch and --batch-marginal go together: give both or neither")
+    if options.max_batch_wait is not None and options.max_batch is None:
+        raise ConfigurationError("--max-batch-wait is for filling batches: give --max-batch too")
     if options.trace_path is None:
         workloads: list[Workload] = _synthetic(options, base)
     else:
@@ -261,6 +265,7 @@ def experiment(options: Options) -> ExperimentSpec:
         models=_models(options),
         max_batch=options.max_batch or 1,
         batch_marginal=1.0 if options.batch_marginal is None else options.batch_marginal,
+        max_batch_wait_s=parse_duration(options.max_batch_wait or 0.0, "--max-batch-wait"),
         host_memory_bytes=parse_bytes(options.host_memory, "--host-memory") if options.host_memory else 0,
         copy_bytes_per_s=_bandwidth(options.copy_bandwidth, "--copy-bandwidth") or base.cluster.copy_bytes_per_s,
         overlap=options.overlap,

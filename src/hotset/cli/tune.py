@@ -31,7 +31,7 @@ DEFAULT_CURRENT = "lalb_o3+lru"
 _SHARED = (
     *("gpus", "gpu_memory", "trace_format", "trace_mode", "choice", "start_minute", "compression", "rate", "minutes"),
     *("arrivals", "zipf", "model_memory", "load", "bandwidth", "inference", "max_batch", "batch_marginal"),
-    *("models_path", "seeds", "first_seed"),
+    *("max_batch_wait", "models_path", "seeds", "first_seed"),
 )
 """Options that are ``hotset simulate``'s own."""
 _OF_RECORDINGS = ("gpus", "gpu_memory", "seeds", "first_seed")

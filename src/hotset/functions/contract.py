@@ -50,6 +50,8 @@ class FunctionOptions(msgspec.Struct, frozen=True, kw_only=True):
     """GPU memory it takes while resident; None: not declared, to be given at deployment or learned."""
     max_batch: int = 1
     """Most requests that one ``predict`` may join; above 1, ``predict`` takes and returns lists."""
+    max_batch_wait_s: float = 0.0
+    """How long requests for a resident model may be held back to fill a batch; 0: not at all."""
     timeout_s: float = DEFAULT_TIMEOUT_S
     """Longest one ``predict`` may take before its process counts as hung."""
     load_timeout_s: float = DEFAULT_LOAD_TIMEOUT_S
@@ -70,6 +72,7 @@ def function(
     name: str | None = None,
     gpu_memory: str | int | None = None,
     max_batch: int = 1,
+    max_batch_wait: str | float = 0.0,
     timeout: str | float = DEFAULT_TIMEOUT_S,
     load_timeout: str | float = DEFAULT_LOAD_TIMEOUT_S,
     retry: bool = True,
@@ -84,6 +87,7 @@ def function(
     name: str | None = None,
     gpu_memory: str | int | None = None,
     max_batch: int = 1,
+    max_batch_wait: str | float = 0.0,
     timeout: str | float = DEFAULT_TIMEOUT_S,
     load_timeout: str | float = DEFAULT_LOAD_TIMEOUT_S,
     retry: bool = True,
@@ -94,6 +98,7 @@ def function(
     ``name``: its name in URLs; from the object's own name when not given (``ImageClasses`` -> ``image-classes``).
     ``gpu_memory``: GPU memory while resident, ``"600MiB"``, ``"2GB"`` or bytes.
     ``max_batch``: most requests that one ``predict`` may join; above 1, ``predict`` takes and returns lists.
+    ``max_batch_wait``: how long a request may be held back for others to join it, ``"5ms"`` or seconds.
     ``timeout``, ``load_timeout``: longest run and load, ``"30s"``, ``"5min"`` or seconds.
     ``retry``: whether a request may run once more when its process died under it.
     ``env``: environment variables of the function's process.
@@ -102,7 +107,7 @@ def function(
     """
 
     def mark(marked: Target) -> Target:
-        options = _options(marked, name, gpu_memory, max_batch, timeout, load_timeout, retry, env or {})
+        options = _options(marked, name, gpu_memory, max_batch, max_batch_wait, timeout, load_timeout, retry, env or {})
         _check(marked, options)
         setattr(marked, OPTIONS_ATTRIBUTE, options)
         return marked
@@ -127,6 +132,7 @@ def _options(
     name: str | None,
     gpu_memory: str | int | None,
     max_batch: int,
+    max_batch_wait: str | float,
     timeout: str | float,
     load_timeout: str | float,
     retry: bool,
@@ -148,10 +154,13 @@ def _options(
     try:
         memory_bytes = None if gpu_memory is None else parse_bytes(gpu_memory, "gpu_memory")
         timeout_s, load_timeout_s = parse_duration(timeout, "timeout"), parse_duration(load_timeout, "load_timeout")
+        max_batch_wait_s = parse_duration(max_batch_wait, "max_batch_wait")
     except ConfigurationError as error:
         raise FunctionError(f"{own_name}: {error}") from None
     if timeout_s <= 0 or load_timeout_s <= 0:
         raise FunctionError(f"{own_name}: timeout and load_timeout must be more than 0 seconds")
+    if max_batch_wait_s and max_batch == 1:
+        raise FunctionError(f"{own_name}: max_batch_wait is for filling batches: give max_batch too, above 1")
     if memory_bytes is not None and (kind is FunctionKind.CPU or memory_bytes == 0):
         raise FunctionError(
             f"{own_name}: gpu_memory must be more than 0 and belongs to a class with predict; leave it out of a plain "
@@ -162,6 +171,7 @@ def _options(
         kind=kind,
         gpu_memory_bytes=memory_bytes,
         max_batch=max_batch,
+        max_batch_wait_s=max_batch_wait_s,
         timeout_s=timeout_s,
         load_timeout_s=load_timeout_s,
         retry=bool(retry),

@@ -101,11 +101,9 @@ async def run(
     config: ServerConfig, *, nodes: Sequence[Node] | None = None, ready: Callable[[str], None] = log.info
 ) -> None:
     """``serve`` on the running loop; ``nodes`` instead of this machine's GPUs."""
+    settings = PolicySettings(o3_limit=config.o3_limit, max_skips=config.max_skips, max_wait_s=config.max_wait_s)
     scheduler = Scheduler(
-        make_policy(
-            config.policy,
-            PolicySettings(o3_limit=config.o3_limit, max_skips=config.max_skips, max_wait_s=config.max_wait_s),
-        ),
+        make_policy(config.policy, settings),
         make_eviction(config.eviction),
         SchedulerConfig(
             max_queue=config.max_queue,
@@ -114,6 +112,7 @@ async def run(
             journal_capacity=config.explained_calls,
             host_memory_bytes=_host_memory_bytes(config),
             overlap=config.overlap,
+            settings=settings,
         ),
     )
     nodes = nodes or [

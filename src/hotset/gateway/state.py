@@ -13,6 +13,7 @@ from hotset.node.history import LoadParts, Times, Transition
 from hotset.node.interface import ProcessReport
 from hotset.scheduling.cluster import Cluster
 from hotset.scheduling.journal import Explanation
+from hotset.scheduling.policies.interface import PolicySettings
 from hotset.vocabulary import Gpu, Model
 
 TRACE_VERSION = 1
@@ -137,6 +138,7 @@ class TracedModel(msgspec.Struct, frozen=True, kw_only=True):
     inference_s: float
     """Of a run of one call."""
     max_batch: int = 1
+    max_batch_wait_s: float = 0.0
     batch_marginal: float = 1.0
     """What each further call of a batch adds to a run, as a share of ``inference_s``."""
     restore_s: float | None = None
@@ -154,6 +156,8 @@ class TraceHeader(msgspec.Struct, frozen=True, kw_only=True):
     recorded_from_unix_s: float
     policy: str
     eviction: str
+    settings: PolicySettings = PolicySettings()
+    """What the policy was made with."""
     burst_s: float
     host_memory_bytes: int = 0
     """Of each node, for parked models."""
@@ -301,6 +305,7 @@ def trace_header(control: Control) -> TraceHeader:
         recorded_from_unix_s=control.started_unix_s,
         policy=scheduler.policy.name,
         eviction=scheduler.cache.eviction.name,
+        settings=scheduler.config.settings,
         burst_s=scheduler.config.burst_s,
         host_memory_bytes=scheduler.config.host_memory_bytes,
         overlap=scheduler.config.overlap,
@@ -322,10 +327,11 @@ def _traced_model(cluster: Cluster, model: Model, kind: str) -> TracedModel:
         load_s=profiles.load_s(model.name, kind),
         inference_s=one_s,
         max_batch=model.max_batch,
+        max_batch_wait_s=model.max_batch_wait_s,
         batch_marginal=min(1.0, (two_s - one_s) / one_s) if one_s else 1.0,
         restore_s=profiles.restore_s(model.name, kind),
         offload_s=profiles.offload_s(model.name, kind),
-        residue_bytes=max((resident.memory_bytes for resident in parked), default=0),
+        residue_bytes=max((resident.device_bytes for resident in parked), default=0),
     )
 
 

@@ -23,6 +23,8 @@ from hotset.vocabulary import Model, Profile
 
 HEALTH_PATHS = ("com.openfaas.ready.http.path", "com.openfaas.health.http.path")
 """Annotations that name the path which a server must answer before its first call."""
+MAX_BATCH_WAIT = "hotset.max-batch-wait"
+"""The annotation that says it where there is no other field for it (a stack file)."""
 EXEC_MARGIN_S = 5.0
 """What a process gets beyond its own ``exec_timeout`` before it counts as hung."""
 
@@ -73,6 +75,11 @@ def function_options(
                 f"max_batch is {own.max_batch} in the code, which decides whether predict takes lists: change it there"
             )
         changes["max_batch"] = overrides.max_batch
+    wait = overrides.max_batch_wait
+    if wait is None:
+        wait = (wanted.annotations or {}).get(MAX_BATCH_WAIT)
+    if wait is not None:
+        changes["max_batch_wait_s"] = parse_duration(wait, "max_batch_wait")
     if wanted.env_vars:
         changes["env"] = {**own.env, **wanted.env_vars}
     return _checked(msgspec.structs.replace(own, name=key, **changes))
@@ -85,7 +92,7 @@ def process_options(key: str, wanted: FunctionDeployment, request: GpuRequest) -
     exec_timeout_s = float(exec_timeout) if exec_timeout.isdigit() else go_duration_s(exec_timeout)
     if exec_timeout and exec_timeout_s is None:
         raise ConfigurationError(f"exec_timeout is {exec_timeout[:40]!r}: write a duration such as 30s")
-    if wanted.hotset.max_batch not in (None, 1):
+    if wanted.hotset.max_batch not in (None, 1) or wanted.hotset.max_batch_wait is not None:
         raise ConfigurationError("max_batch: a process function takes one request at a time: leave it out")
     own = FunctionOptions(
         name=key,
@@ -112,6 +119,8 @@ def _changes(overrides: Overrides, request: GpuRequest) -> dict[str, object]:
 def _checked(options: FunctionOptions) -> FunctionOptions:
     if options.max_batch < 1 or options.timeout_s <= 0 or options.load_timeout_s <= 0:
         raise ConfigurationError("max_batch, timeout and load_timeout must be greater than 0")
+    if options.max_batch_wait_s and options.max_batch == 1:
+        raise ConfigurationError("max_batch_wait is for functions that join requests: leave it out, or give max_batch")
     return options
 
 
@@ -162,6 +171,7 @@ def version_spec(
             name=record.model,
             memory_bytes=max(measured, default=may_take_bytes),
             max_batch=options.max_batch,
+            max_batch_wait_s=options.max_batch_wait_s,
             retry=options.retry,
             min_copies=kept_copies(record.labels, record.annotations),
             profile=Profile(

@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 import msgspec
 
 from hotset.scheduling.cache import CacheManager, GpuMemory, Resident
+from hotset.scheduling.gathering import Gathering
 from hotset.scheduling.holders import HolderIndex
 from hotset.scheduling.prices import Prices
 from hotset.scheduling.profiles import Profiles
@@ -94,6 +95,7 @@ class Cluster:
         self.idle: OrderedDict[GpuState, None] = OrderedDict()
         """GPUs with nothing to do, the one idle longest first."""
         self.prices = Prices(self)
+        self.gathering = Gathering(self)
         self._holders = HolderIndex(cache, self.gpus)
         self._joined = 0
         self._idle_ranks = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from hotset.scheduling.policies.interface import PolicySettings
 from hotset.scheduling.quarantine import QuarantineSettings
 
 
@@ -24,4 +25,6 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Of each node, for models that left a GPU but may come back (WARM); 0: they are unloaded (the paper)."""
     overlap: bool = False
     """Models are loaded while their GPU computes for others, some of them ahead; False: one thing at a time (paper)."""
+    settings: PolicySettings = PolicySettings()
+    """What the policy was made with: whoever tells how a server was run needs it too."""
     quarantine: QuarantineSettings = QuarantineSettings()

@@ -115,4 +115,4 @@ class ProcessLost(Event, frozen=True):
 
 
 class TimeAdvanced(Event, frozen=True):
-    """Nothing happened but time: deadlines are looked at (``Scheduler.next_wakeup_s`` says when)."""
+    """Nothing happened but time: deadlines and held batches are looked at (``Scheduler.next_wakeup_s`` says when)."""

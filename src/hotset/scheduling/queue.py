@@ -22,6 +22,8 @@ class Place(Enum):
 
     QUEUED = "queued"
     """In the global queue."""
+    GATHERING = "gathering"
+    """Held back for others of its model to join it (``gathering.py``)."""
     LOCAL = "local"
     """In a GPU's local queue (LALB, rule 2d; with overlap, also while its model is loaded for it)."""
     RETRY = "retry"

@@ -5,20 +5,45 @@ from __future__ import annotations
 from collections import deque
 from heapq import heappop, heappush
 
+import msgspec
+
 from hotset.scheduling.actions import Outbox, Reject
 from hotset.scheduling.admission import Admission, Refusal
 from hotset.scheduling.cluster import Cluster
 from hotset.scheduling.journal import Journal
+from hotset.scheduling.quarantine import Quarantine
 from hotset.scheduling.queue import Entry, Place
-from hotset.vocabulary import RejectReason
+from hotset.vocabulary import FailureKind, RejectReason
+
+
+class Loss(msgspec.Struct, frozen=True, gc=False):
+    """How a process was lost, as far as its requests care."""
+
+    kind: FailureKind
+    reason: str
+    avoid_gpu: str
+    """Retries go elsewhere if they can."""
+    blame: bool
+    """It counts against the model."""
 
 
 class OpenRequests:
     """Every request that has not ended, wherever it is. The Scheduler owns it and hands over what ends well."""
 
-    def __init__(self, cluster: Cluster, admission: Admission, journal: Journal, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        admission: Admission,
+        quarantine: Quarantine,
+        journal: Journal,
+        outbox: Outbox,
+        *,
+        max_attempts: int,
+    ) -> None:
         self._cluster = cluster
         self._admission = admission
+        self._quarantine = quarantine
+        self._max_attempts = max_attempts
         self._journal = journal
         self._outbox = outbox
         self.entries: dict[int, Entry] = {}
@@ -60,6 +85,8 @@ class OpenRequests:
         cluster = self._cluster
         if entry.place is Place.QUEUED:
             cluster.queue.take(entry, Place.ASSIGNED, skips=False)
+        elif entry.place is Place.GATHERING:
+            cluster.gathering.remove(entry)
         elif entry.place is Place.RETRY:
             self.retries.remove(entry)
         elif entry.place is Place.LOCAL:
@@ -82,6 +109,28 @@ class OpenRequests:
         entry.avoid_gpu = avoid_gpu
         entry.place = Place.RETRY
         self.retries.append(entry)
+
+    def lost(self, name: str, entries: list[Entry], loss: Loss, now_s: float) -> None:
+        """Requests of a model whose process is gone: each is tried once more, or ends with an error; and the model is
+        left alone if this has happened too often."""
+        quarantined = loss.blame and self._quarantine.failed(name, now_s, loss.reason)
+        if quarantined:
+            self.reject_quarantined(name, now_s)
+        cluster = self._cluster
+        again = cluster.models[name].retry and loss.kind is not FailureKind.ERROR
+        again = again and not quarantined and name not in cluster.removed
+        too_large = cluster.too_large(name)
+        for entry in entries:
+            if entry.request.request_id not in self.entries:
+                continue  # answered, or nobody waits for it
+            entry.attempts += 1
+            entry.loaded_on = ""
+            if too_large:
+                self.reject(entry, self._admission.too_large(name), now_s)
+            elif again and entry.attempts < self._max_attempts:
+                self.retry(entry, loss.avoid_gpu, now_s)
+            else:
+                self.reject(entry, Refusal(RejectReason.FAILED, loss.reason), now_s)
 
     # Ends
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 from hotset.errors import InvariantError
 from hotset.scheduling.actions import Action, Outbox, Run
-from hotset.scheduling.admission import Admission, Refusal
+from hotset.scheduling.admission import Admission
 from hotset.scheduling.cache import CacheManager, EvictionPolicy
 from hotset.scheduling.cluster import Cluster, GpuState, Work
 from hotset.scheduling.config import SchedulerConfig
@@ -38,20 +38,9 @@ from hotset.scheduling.prefetch import Prefetcher
 from hotset.scheduling.profiles import Profiles
 from hotset.scheduling.quarantine import Quarantine
 from hotset.scheduling.queue import Entry, Place
-from hotset.scheduling.requests import OpenRequests
+from hotset.scheduling.requests import Loss, OpenRequests
 from hotset.scheduling.transitions import Transitions
-from hotset.vocabulary import FailureKind, RejectReason
-
-
-class _Loss(msgspec.Struct, frozen=True, gc=False):
-    """How a process was lost, as far as its requests care."""
-
-    kind: FailureKind
-    reason: str
-    avoid_gpu: str
-    """Retries go elsewhere if they can."""
-    blame: bool
-    """It counts against the model."""
+from hotset.vocabulary import FailureKind
 
 
 class Scheduler:
@@ -83,9 +72,19 @@ class Scheduler:
             max_queue=self.config.max_queue,
             max_queue_per_model=self.config.max_queue_per_model,
         )
-        self._requests = OpenRequests(self.cluster, self._admission, self.journal, self._outbox)
+        self._requests = OpenRequests(
+            self.cluster,
+            self._admission,
+            self.quarantine,
+            self.journal,
+            self._outbox,
+            max_attempts=self.config.max_attempts,
+        )
         self._entries = self._requests.entries
-        self._seq = 0
+        self._next_seq = itertools.count(1).__next__
+        self._gathering = self.cluster.gathering
+        self._gathers = False
+        """Some model has asked for its requests to be held back until they fill a batch."""
         self._actions: list[Action] = []
         self._handlers: dict[type[Event], Callable[[Any, float], None]] = {
             RequestArrived: self._request_arrived,
@@ -110,14 +109,19 @@ class Scheduler:
         if self._requests.deadlines:
             self._requests.expire(now_s)
         self._handlers[type(event)](event, now_s)
+        if self._gathering.next_s <= now_s:
+            self._gathering.release(now_s, self._enqueue)
         self._dispatch(now_s)
         return self._actions
 
     def next_wakeup_s(self) -> float | None:
-        """When ``TimeAdvanced`` is due at the latest: the next deadline, or a load for a pin that may be tried again;
-        None: not before something happens."""
-        deadline_s, pins_s = self._requests.next_deadline_s(), self.pins.wakeup_s
-        return pins_s if deadline_s is None or (pins_s is not None and pins_s < deadline_s) else deadline_s
+        """When ``TimeAdvanced`` is due at the latest: the next deadline, a batch that was held for long enough, or a
+        load for a pin that may be tried again. None: not before something happens."""
+        soonest_s = self._gathering.next_s
+        for other_s in (self._requests.next_deadline_s(), self.pins.wakeup_s):
+            if other_s is not None and other_s < soonest_s:
+                soonest_s = other_s
+        return soonest_s if soonest_s < math.inf else None
 
     @property
     def open_requests(self) -> int:
@@ -130,14 +134,21 @@ class Scheduler:
         request = event.request
         if request.request_id in self._entries:
             raise InvariantError(f"request {request.request_id} arrived twice")
-        self._seq += 1
-        entry = Entry(request, request.model, self._seq)
+        entry = Entry(request, request.model, self._next_seq())
         refusal = self._admission.refusal(request, now_s)
         if refusal is not None:
             self._requests.reject(entry, refusal, now_s)
             return
         self._requests.add(entry)
         self.cluster.rates.arrived(request.model, now_s)
+        if not (
+            self._gathers and self.cluster.models[request.model].max_batch_wait_s and self._gathering.hold(entry, now_s)
+        ):
+            self.cluster.queue.push(entry)
+
+    def _enqueue(self, entry: Entry) -> None:
+        """A request that was held back arrives in the queue, behind all who are there."""
+        entry.seq = self._next_seq()
         self.cluster.queue.push(entry)
 
     def _request_cancelled(self, event: RequestCancelled, now_s: float) -> None:
@@ -252,9 +263,12 @@ class Scheduler:
         queue = self.cluster.queue
         while len(entries) < limit:
             entry = queue.first_of(model)
-            if entry is None:
+            if entry is not None:
+                queue.take(entry, Place.ASSIGNED, skips=False)
+            elif self._gathers and (entry := self._gathering.take(model)) is not None:
+                entry.place = Place.ASSIGNED
+            else:
                 return
-            queue.take(entry, Place.ASSIGNED, skips=False)
             entry.gpu_id = gpu.gpu_id
             entries.append(entry)
             if self._journalling:
@@ -368,14 +382,14 @@ class Scheduler:
             self._requests.reject_too_large(now_s)
         # Knowing better what it needs, the same GPU is as good as any, and nobody is to blame.
         avoid = "" if learned else gpu.gpu_id
-        self._process_gone(gpu, name, entries, _Loss(event.kind, event.reason, avoid, not learned), now_s)
+        self._process_gone(gpu, name, entries, Loss(event.kind, event.reason, avoid, not learned), now_s)
 
     def _run_failed(self, event: RunFailed, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
         work = self._work_of(gpu, event.model)
         for request_id in event.answered:
             self._entries.pop(request_id, None)
-        self._process_gone(gpu, work.model, work.entries, _Loss(event.kind, event.reason, gpu.gpu_id, True), now_s)
+        self._process_gone(gpu, work.model, work.entries, Loss(event.kind, event.reason, gpu.gpu_id, True), now_s)
 
     def _process_lost(self, event: ProcessLost, now_s: float) -> None:
         gpu, name = self.cluster.gpus.get(event.gpu_id), event.model
@@ -395,42 +409,22 @@ class Scheduler:
             raise InvariantError(f"{gpu.gpu_id} reports on {model}, which it was not asked to run")
         return work
 
-    def _process_gone(self, gpu: GpuState, name: str, entries: list[Entry], loss: _Loss, now_s: float) -> None:
+    def _process_gone(self, gpu: GpuState, name: str, entries: list[Entry], loss: Loss, now_s: float) -> None:
         """The process is gone, the GPU is not."""
         self.cluster.drop_resident(gpu, name)
         self.pins.unsettled = True
-        self._end_or_retry(name, entries, loss, now_s)
+        self._requests.lost(name, entries, loss, now_s)
+        self._forget_if_gone(name)
         if gpu.work is not None and gpu.work.model == name:
             self._freed(gpu, now_s)
         elif gpu.work is None:
             self._serve_local_queue(gpu, now_s)
 
-    def _end_or_retry(self, name: str, entries: list[Entry], loss: _Loss, now_s: float) -> None:
-        """Decide for each unanswered request: once more, or an error; and whether its model is to be left alone."""
-        quarantined = loss.blame and self.quarantine.failed(name, now_s, loss.reason)
-        if quarantined:
-            self._requests.reject_quarantined(name, now_s)
-        cluster = self.cluster
-        again = cluster.models[name].retry and loss.kind is not FailureKind.ERROR
-        again = again and not quarantined and name not in cluster.removed
-        too_large = cluster.too_large(name)
-        for entry in entries:
-            if entry.request.request_id not in self._entries:
-                continue  # answered, or nobody waits for it
-            entry.attempts += 1
-            entry.loaded_on = ""
-            if too_large:
-                self._requests.reject(entry, self._admission.too_large(name), now_s)
-            elif again and entry.attempts < self.config.max_attempts:
-                self._requests.retry(entry, loss.avoid_gpu, now_s)
-            else:
-                self._requests.reject(entry, Refusal(RejectReason.FAILED, loss.reason), now_s)
-        self._forget_if_gone(name)
-
     # Models and GPUs come and go
 
     def _model_added(self, event: ModelAdded, now_s: float) -> None:
         self.cluster.models[event.model.name] = event.model
+        self._gathers = self._gathers or event.model.max_batch_wait_s > 0.0
         self.profiles.add(event.model)
         self.cluster.removed.discard(event.model.name)
         self.pins.want(event.model.name, event.model.min_copies)
@@ -468,8 +462,9 @@ class Scheduler:
         self.cluster.queue.give_back(list(gpu.local_queue))
         if gpu.work is not None:
             reason = f"{gpu.gpu_id} was lost{': ' + event.reason if event.reason else ''}"
-            loss = _Loss(FailureKind.DEVICE, reason, "", False)
-            self._end_or_retry(gpu.work.model, gpu.work.entries, loss, now_s)
+            loss = Loss(FailureKind.DEVICE, reason, "", False)
+            self._requests.lost(gpu.work.model, gpu.work.entries, loss, now_s)
+            self._forget_if_gone(gpu.work.model)
         self._requests.reject_too_large(now_s)
 
     # Ends

@@ -82,6 +82,11 @@ class Engine:
         """GPU id -> when its copy lane is free."""
         self._parked: set[tuple[str, str]] = set()
         """GPU id and model: what is in host memory."""
+        self._run_ends_s: dict[str, float] = {}
+        """GPU id -> when its newest run ends."""
+        self._gathers = any(cost.max_batch_wait_s for cost in hardware.costs.values())
+        self._wakeup_s = math.inf
+        """When time itself is next an event; only batches that are held back need that."""
         self._void_until: dict[str, int] = {}
         """GPU id -> completions up to that number never come: it was lost."""
         for model in hardware.models():
@@ -142,6 +147,8 @@ class Engine:
         kind = type(event)
         if kind is GpuLost:
             self._lose(event.gpu_id)  # type: ignore[attr-defined]
+        elif kind is TimeAdvanced:
+            self._wakeup_s = math.inf
         elif kind is not GpuJoined:
             gpu_id: str = event.gpu_id  # type: ignore[attr-defined]
             if self._void_until and number <= self._void_until.get(gpu_id, 0):
@@ -154,8 +161,12 @@ class Engine:
         self._carry_out(self.scheduler.handle(event, self.now_s))
 
     def _lose(self, gpu_id: str) -> None:
+        """What it was doing is cut short: time that it will not spend was counted when it began."""
         self._void_until[gpu_id] = self._counter
-        self._copying_until_s.pop(gpu_id, None)
+        unrun_s = max(self._run_ends_s.pop(gpu_id, 0.0) - self.now_s, 0.0)
+        self.recorder.run_s -= unrun_s
+        self.recorder.inference_s -= unrun_s * len(self._runs.get(gpu_id, ()))
+        self.recorder.load_s -= max(self._copying_until_s.pop(gpu_id, 0.0) - self.now_s, 0.0)
         self._parked = {place for place in self._parked if place[0] != gpu_id}
         for model in self.scheduler.cache.memory(gpu_id).residents:
             self.recorder.tallies[model].change_copies(-1, self.now_s)
@@ -168,8 +179,8 @@ class Engine:
                 recorder.run_s += inference_s
                 recorder.inference_s += inference_s * len(action.request_ids)
                 self._runs[action.gpu_id] = action.request_ids
-                event = RunFinished(action.gpu_id, action.model, inference_s)
-                self._schedule(now_s + inference_s, event)
+                self._run_ends_s[action.gpu_id] = end_s = now_s + inference_s
+                self._schedule(end_s, RunFinished(action.gpu_id, action.model, inference_s))
             elif type(action) is Load:
                 load_s = self.costs[action.model].load_s
                 recorder.misses += 1
@@ -190,6 +201,11 @@ class Engine:
                 self._restore(action)
             elif type(action) is Offload:
                 self._offload(action)
+        if self._gathers:
+            wakeup_s = self.scheduler.next_wakeup_s()
+            if wakeup_s is not None and wakeup_s < self._wakeup_s:
+                self._wakeup_s = wakeup_s
+                self._schedule(wakeup_s, TimeAdvanced())
 
     def _restore(self, action: Restore) -> None:
         gpu_id, model, cost = action.gpu_id, action.model, self.costs[action.model]

@@ -64,6 +64,8 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Most requests of one function that a run may join."""
     batch_marginal: float = 1.0
     """What each further request of a batch adds to a run, as a share of the first."""
+    max_batch_wait_s: float = 0.0
+    """How long requests may be held back to fill a batch."""
     host_memory_bytes: int = 0
     """Of the one node that all GPUs are on, for models that left a GPU; 0: they are unloaded."""
     copy_bytes_per_s: float = COPY_BYTES_PER_S
@@ -86,7 +88,8 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
         if self.host_memory_bytes:
             costs = {name: copied(cost, self.copy_bytes_per_s) for name, cost in costs.items()}
         if self.max_batch > 1:
-            costs = {name: batching(cost, self.max_batch, self.batch_marginal) for name, cost in costs.items()}
+            batch = (self.max_batch, self.batch_marginal, self.max_batch_wait_s)
+            costs = {name: batching(cost, *batch) for name, cost in costs.items()}
         smallest_bytes = min((cost.memory_bytes for cost in costs.values()), default=0)
         if smallest_bytes > self.gpu_memory_bytes:
             raise ConfigurationError(

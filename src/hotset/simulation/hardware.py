@@ -28,6 +28,8 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     """What each further request of a batch adds, as a share of ``inference_s``; 1: batching gains nothing."""
     max_batch: int = 1
     """Most requests that one run may join."""
+    max_batch_wait_s: float = 0.0
+    """How long requests may be held back to fill a batch."""
     restore_s: float | None = None
     """From host memory; None: ``copied`` has not been asked, and it takes as long as a load."""
     offload_s: float = 0.0
@@ -86,6 +88,7 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
                 name=name,
                 memory_bytes=cost.memory_bytes,
                 max_batch=cost.max_batch,
+                max_batch_wait_s=cost.max_batch_wait_s,
                 profile=Profile(load_s=cost.load_s, inference_s=cost.inference_s, restore_s=cost.restore_s),
             )
             for name, cost in self.costs.items()
@@ -132,9 +135,10 @@ def copied(cost: ModelCost, bandwidth_bytes_per_s: float) -> ModelCost:
     return msgspec.structs.replace(cost, restore_s=copy_s, offload_s=copy_s)
 
 
-def batching(cost: ModelCost, max_batch: int, marginal: float) -> ModelCost:
-    """The same model, of which one run takes so many requests, each further one adding that share of the first."""
-    return msgspec.structs.replace(cost, max_batch=max_batch, batch_marginal=marginal)
+def batching(cost: ModelCost, max_batch: int, marginal: float, wait_s: float = 0.0) -> ModelCost:
+    """The same model, of which one run takes so many requests, each further one adding that share of the first; held
+    back for ``wait_s`` so that there are as many."""
+    return msgspec.structs.replace(cost, max_batch=max_batch, batch_marginal=marginal, max_batch_wait_s=wait_s)
 
 
 def scaled(cost: ModelCost, load_scale: float) -> ModelCost:

@@ -185,6 +185,7 @@ class FunctionsApi:
             gpu_memory_bytes=options.gpu_memory_bytes,
             measured_memory_bytes=max(measured, default=None),
             max_batch=options.max_batch,
+            max_batch_wait_s=options.max_batch_wait_s,
             timeout_s=options.timeout_s,
             load_timeout_s=options.load_timeout_s,
             retry=options.retry,

@@ -40,6 +40,7 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """``module:Name``, or ``module`` when it holds one function; None: the bundle's only, or usual, file."""
     gpu_memory: str | int | None = None
     max_batch: int | None = None
+    max_batch_wait: str | float | None = None
     timeout: str | float | None = None
     load_timeout: str | float | None = None
     retry: bool | None = None
@@ -85,6 +86,7 @@ class FunctionDetails(msgspec.Struct, frozen=True, kw_only=True):
     measured_memory_bytes: int | None
     """Most GPU memory it was seen to take since the server's start."""
     max_batch: int
+    max_batch_wait_s: float
     timeout_s: float
     load_timeout_s: float
     retry: bool
