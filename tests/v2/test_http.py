@@ -13,6 +13,8 @@ import orjson
 import pytest
 from v2_world import BODY_LIMIT, Count, Double, Echo, Scale, World, binary_output, run, tensor
 
+import hotset
+
 ROWS = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
@@ -329,6 +331,8 @@ def test_models_are_listed_unloaded_and_loaded_again(tmp_path: Path) -> None:
             assert load.content == b""
             assert list(world.node.runtimes) == ["scale@1"]  # loaded without a call
 
+            assert world.control.pinning.copies("scale") == 1  # and there to stay
+
             assert (await world.http.post("/v2/repository/models/scale/unload")).status_code == 200
             for _ in range(5):
                 await world.http.get("/v2/health/live")
@@ -354,6 +358,50 @@ def test_models_are_listed_unloaded_and_loaded_again(tmp_path: Path) -> None:
                 answer = await world.http.post(f"/v2/repository/models/{path}", json=body)
                 assert answer.status_code in (400, 404)
                 assert told in error(answer)
+
+    run(story)
+
+
+def test_a_loaded_model_stays_hot_and_one_too_many_is_refused(tmp_path: Path) -> None:
+    def sized(name: str, mib: int) -> type[Any]:
+        body = {"__doc__": name, "predict": Echo.predict, "__module__": __name__}
+        return hotset.function(gpu_memory=f"{mib}MiB")(type(name, (), body))
+
+    async def story() -> None:
+        big, small, other = sized("Big", 600), sized("Small", 300), sized("Other", 500)
+        async with World(tmp_path, big, small, other) as world:
+            for name in ("big", "small"):
+                assert (await world.http.post(f"/v2/repository/models/{name}/load")).status_code == 200
+            refused = await world.http.post("/v2/repository/models/other/load")
+            assert refused.status_code == 400
+            assert "no room to keep a copy of other hot" in error(refused)
+            no_room = await world.infer("other", {"inputs": [tensor("x", ROWS)]}, ROWS.tobytes())
+            assert no_room.status_code == 507
+            assert "kept hot" in error(no_room)
+
+            assert (await world.http.post("/v2/repository/models/big/unload")).status_code == 200
+            served = await world.infer("other", {"inputs": [tensor("x", ROWS)]}, ROWS.tobytes())
+            assert served.status_code == 200
+            assert "small@1" in world.node.runtimes
+
+    run(story)
+
+
+def test_a_model_that_does_not_load_is_not_kept(tmp_path: Path) -> None:
+    @hotset.function(gpu_memory="10MiB")
+    class Broken:
+        def load(self, device: str) -> None:
+            raise RuntimeError("no weights")
+
+        def predict(self, x: int) -> int:
+            return x
+
+    async def story() -> None:
+        async with World(tmp_path, Broken) as world:
+            answer = await world.http.post("/v2/repository/models/broken/load")
+            assert answer.status_code >= 400
+            assert "no weights" in error(answer)
+            assert world.control.pinning.copies("broken") == 0
 
     run(story)
 

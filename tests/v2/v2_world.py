@@ -83,7 +83,7 @@ class InProcessNode:
             self._loop.call_soon(self._listener.load_failed, gpu_id, spec.model, FailureKind.ERROR, str(error))
             return
         self.runtimes[spec.model] = runtime
-        self._loop.call_soon(self._listener.loaded, gpu_id, spec.model, 0.01, MIB)
+        self._loop.call_soon(self._listener.loaded, gpu_id, spec.model, 0.01, spec.memory_bytes)
 
     def unload(self, gpu_id: str, model: str) -> None:
         self.runtimes.pop(model).unload()

@@ -24,6 +24,7 @@ from hotset.gateway.calls import CallIds, CallRecord, Chunks, Deliver, PendingCa
 from hotset.gateway.functions import Functions, Learned, Version, VersionSpec
 from hotset.gateway.logbook import Logbook, LogLine
 from hotset.gateway.orders import Orders
+from hotset.gateway.pinning import Pinning
 from hotset.gateway.statuses import CLIENT_CLOSED, STATUS, STATUS_OF_FAILURE, WAIT_BEFORE_RETRY_S, error_body
 from hotset.node.cpu import CpuPool
 from hotset.node.interface import Answer, Call, Node
@@ -107,6 +108,7 @@ class Control:
         self.open_body_bytes = 0
         """The bodies of these."""
         self._orders = Orders(self.calls, self.functions, self._node_of, self.now_s)
+        self.pinning = Pinning(scheduler, self.functions, self._handle)
         self._last_request_id = 0
         self._cpu_calls = 0
         self._failing: FailureKind | None = None
@@ -172,8 +174,10 @@ class Control:
     def deploy(self, spec: VersionSpec) -> None:
         """Install a version beside the old one: new calls go to it from here on, the old one's calls end on the old."""
         version, replaced = self.functions.install(spec)
+        if replaced is not None:
+            self.pinning.retired(replaced)
         if spec.scheduled is not None:
-            self._handle(ModelAdded(spec.scheduled))
+            self._handle(ModelAdded(self.pinning.scheduled(spec.function, spec.scheduled)))
             for node in self.nodes:
                 node.prepare(spec.launch)
         if replaced is not None:
@@ -185,6 +189,7 @@ class Control:
         version = self.functions.retire(function)
         if version is None:
             return False
+        self.pinning.removed(version)
         self._remove_if_done(version)
         log.info("removed %s", version.model)
         return True

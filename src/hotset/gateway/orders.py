@@ -55,18 +55,19 @@ class Orders:
 
     def _load(self, action: Load) -> None:
         version = self._functions.versions[action.model]
-        version.metrics.misses += 1
-        version.metrics.false_misses += action.false_miss
-        pending = self._calls.get(action.request_id)
-        if pending is not None:
-            pending.load_begins(action.gpu_id, self._now_s())
+        if action.request_id is not None:
+            version.metrics.misses += 1
+            version.metrics.false_misses += action.false_miss
+            pending = self._calls.get(action.request_id)
+            if pending is not None:
+                pending.load_begins(action.gpu_id, self._now_s())
         self._node_of[action.gpu_id].load(action.gpu_id, version.spec.launch)
 
     def _restore(self, action: Restore) -> None:
         version = self._functions.versions.get(action.model)
         if version is not None:
             version.metrics.restores += 1
-        pending = self._calls.get(action.request_id)
+        pending = None if action.request_id is None else self._calls.get(action.request_id)
         if pending is not None:
             pending.load_begins(action.gpu_id, self._now_s(), warm=True)
         self._node_of[action.gpu_id].restore(action.gpu_id, action.model)

@@ -28,6 +28,8 @@ class ResidentState(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     """``loading`` or ``hot``."""
     in_use: bool
+    pinned: bool
+    """Kept hot: never evicted."""
     uses: int
     """Runs since it was loaded."""
     idle_s: float
@@ -264,6 +266,7 @@ def _gpus(control: Control) -> list[GpuReport]:
                     memory_bytes=resident.memory_bytes,
                     state=resident.state.value,
                     in_use=resident.in_use,
+                    pinned=resident.pinned,
                     uses=resident.uses,
                     idle_s=now_s - resident.last_used_s,
                 )

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from hotset.errors import ConfigurationError
 from hotset.functions.codecs import V2
 from hotset.functions.contract import FunctionKind
 from hotset.functions.v2 import WARM
@@ -148,9 +149,9 @@ class Models:
         return [entry for entry in entries if entry.state == READY or not ready_only]
 
     async def load(self, name: str, parameters: dict[str, Any]) -> None:
-        """Put the model in service and load it onto a GPU; raises ``Refusal`` when either does not work.
+        """Put the model in service, load it and keep it hot until ``unload``; raises ``Refusal`` when that cannot be.
 
-        ``{"warm": false}`` among the parameters leaves the loading to the first call.
+        ``{"warm": false}`` among the parameters leaves the loading to calls, and the model to eviction.
         """
         warm = parameters.pop("warm", True)
         if parameters:
@@ -165,12 +166,19 @@ class Models:
                 reason = self._deployments.unavailable.get(function, "it is being restored: try again")
                 raise Refusal(503, f"{function} cannot be loaded: {reason}")
             if warm:
-                await self._warm(function)
+                await self._pin(function)
 
-    async def _warm(self, function: str) -> None:
-        """Load a function's model, wherever the scheduler wants it; raises ``Refusal`` when it does not load."""
+    async def _pin(self, function: str) -> None:
+        """Keep a copy of a function's model hot; returns when it is. Raises ``Refusal`` when it does not load."""
+        before = self._control.pinning.copies(function)
+        try:
+            self._control.pinning.pin(function, max(before, 1))
+        except ConfigurationError as error:
+            raise Refusal(400, str(error)) from None
         result = await self._control.call(function, b"", WARM)
         if result.record.status != 200:
+            if function in self._control.functions.current:
+                self._control.pinning.pin(function, before)
             raise Refusal(result.record.status, error_text(result.body), retry_after_s=result.retry_after_s)
 
     def unload(self, name: str) -> None:
