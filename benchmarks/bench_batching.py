@@ -86,7 +86,7 @@ def compare(policy: str, eviction: str, rate_per_s: float, seconds: float) -> Co
     loads = [Arrival(0.0, name) for name in NAMES]  # one call of each, before the clock runs
     with (
         tempfile.TemporaryDirectory() as folder,
-        serving(Path(folder) / "data", "200MiB", policy, eviction) as server,
+        serving(Path(folder) / "data", "200MiB", policy, eviction, "--host-memory", "0") as server,
     ):
         deploy(server, Path(folder))
         bodies = dict.fromkeys(NAMES, Body(CALL))

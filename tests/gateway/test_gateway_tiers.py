@@ -9,11 +9,12 @@ import pytest
 from gateway_world import GPU, MIB, Client, Reply, World, run, version
 
 from hotset.cli.functions import tier, transitions
+from hotset.cli.replay import hardware_of, measured, read_recording, simulated
 from hotset.cli.top import render_state
 from hotset.gateway import readings
 from hotset.gateway.app import Gateway
 from hotset.gateway.calls import Result
-from hotset.gateway.state import State, state_of
+from hotset.gateway.state import State, state_of, trace, trace_header
 from hotset.node.history import Transition
 from hotset.scheduling.config import SchedulerConfig
 from hotset.vocabulary import FailureKind
@@ -254,3 +255,27 @@ def books_are_right(world: World) -> None:
             each.device_bytes for each in gpu.parked
         )
     assert state.hosts[0].used_bytes == sum(each.host_bytes for gpu in state.gpus for each in gpu.parked)
+
+
+@pytest.mark.parametrize("residue_bytes", [0, 5 * MIB])
+def test_a_replay_of_what_was_recorded_finds_and_restores_the_same_models(residue_bytes: int) -> None:
+    async def story() -> None:
+        world = await tiered()
+        for name in ("ant", "bee", "cat"):
+            world.behave(f"{name}@1", load_s=0.5, inference_s=0.01, parked_bytes=residue_bytes)
+        for name in ("ant", "bee", "cat", "ant", "ant", "bee", "cat", "cat", "ant", "bee"):
+            await call(world, name)
+        control = world.control
+        lines = b"".join(trace(control.records, trace_header(control), control.started_s)).splitlines()
+        recording = read_recording(lines, "the test")
+        happened = measured(recording)
+
+        again = simulated(
+            recording, hardware_of(recording), control.scheduler.policy.name, control.scheduler.cache.eviction.name
+        )
+
+        assert again.mean_latency_s == pytest.approx(happened.mean_latency_s, rel=0.01)
+        assert (again.miss_ratio, again.restores) == (happened.miss_ratio, 5.0)
+        assert again.evictions == 0
+
+    run(story)

@@ -8,7 +8,7 @@ import pytest
 from gateway_world import GPU, MIB, World, run, version
 
 from hotset.gateway.metrics import BUCKETS_S, HotsetCollector, exposition
-from hotset.gateway.readings import gpu_metrics, learned, smallest_gpu_bytes, waiting
+from hotset.gateway.readings import gpu_metrics, learned, processes, smallest_gpu_bytes, waiting
 from hotset.gateway.state import explain, state_of, trace, trace_header
 from hotset.simulation.traces import open_trace
 
@@ -27,7 +27,8 @@ async def busy_world() -> World:
 
 def test_the_state_shows_what_is_in_each_gpus_memory_now():
     async def story():
-        state = state_of((await busy_world()).control, processes=True)
+        control = (await busy_world()).control
+        state = state_of(control, processes(control))
         (gpu,) = state.gpus
         assert (gpu.gpu_id, gpu.used_bytes, gpu.running) == (GPU, 180 * MIB, "cat@1")
         assert [(each.model, each.state, each.in_use, each.uses) for each in gpu.residents] == [

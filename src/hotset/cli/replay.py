@@ -152,8 +152,9 @@ def hardware_of(
 ) -> Hardware:
     """The recorded cluster with its measured costs, or one with other GPUs.
 
-    A function's load time is the mean of its recorded loads, so is its restore time; a batching function's run time is
-    the line through its recorded runs; of what was not seen meanwhile, it is what the server had learned.
+    A function's load time is the mean of its recorded loads, so is its restore time. These include what it took to make
+    room, so that offloading costs nothing beside them. A batching function's run time is the line through its recorded
+    runs; of what was not seen meanwhile, it is what the server had learned.
     """
     known = list(recording.header.gpus)
     if gpus is not None:
@@ -181,7 +182,6 @@ def hardware_of(
             max_batch=learned.max_batch,
             max_batch_wait_s=learned.max_batch_wait_s,
             restore_s=restore_s,
-            offload_s=learned.offload_s,
             residue_bytes=learned.residue_bytes,
         )
     return Hardware(gpus=known, costs=costs)

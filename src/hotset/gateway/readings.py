@@ -60,7 +60,7 @@ def gpu_metrics(control: Control) -> list[GpuMetrics]:
 
 
 def processes(control: Control) -> list[ProcessReport]:
-    """Every process of a function, as the operating system and the devices see them; about a millisecond each."""
+    """Every process of a function, as the operating system and the devices see them. Slow: for a thread."""
     of_nodes = [report for node in control.nodes for report in node.processes()]
     return of_nodes if control.cpu is None else of_nodes + control.cpu.processes()
 

@@ -119,7 +119,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     gpus: list[GpuReport]
     functions: list[FunctionState]
     processes: list[ProcessReport] | None = None
-    """Only when asked for: reading a process's memory takes about a millisecond."""
+    """Only when asked for: reading a process's memory takes milliseconds."""
 
 
 class ExplanationReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,7 +186,7 @@ class TraceRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     duration_s: float = 0.0
 
 
-def state_of(control: Control, *, processes: bool = False) -> State:
+def state_of(control: Control, processes: list[ProcessReport] | None = None) -> State:
     """A snapshot; linear in GPUs, residents, functions and waiting calls."""
     lengths = readings.waiting(control)
     functions = []
@@ -233,7 +233,7 @@ def state_of(control: Control, *, processes: bool = False) -> State:
         hosts=_hosts(control),
         gpus=_gpus(control),
         functions=functions,
-        processes=readings.processes(control) if processes else None,
+        processes=processes,
     )
 
 
@@ -322,8 +322,7 @@ def trace_header(control: Control) -> TraceHeader:
 
 
 def _traced_model(cluster: Cluster, model: Model, kind: str) -> TracedModel:
-    profiles, cache = cluster.profiles, cluster.cache
-    parked = [cluster.gpus[gpu_id].memory.parked[model.name] for gpu_id in cache.parked_on(model.name)]
+    profiles = cluster.profiles
     one_s, two_s = (profiles.inference_s(model.name, kind, batch) for batch in (1, 2))
     return TracedModel(
         memory_bytes=model.memory_bytes,
@@ -334,7 +333,7 @@ def _traced_model(cluster: Cluster, model: Model, kind: str) -> TracedModel:
         batch_marginal=min(1.0, (two_s - one_s) / one_s) if one_s else 1.0,
         restore_s=profiles.restore_s(model.name, kind),
         offload_s=profiles.offload_s(model.name, kind),
-        residue_bytes=max((resident.device_bytes for resident in parked), default=0),
+        residue_bytes=cluster.cache.residue_bytes(model.name),
     )
 
 

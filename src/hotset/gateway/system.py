@@ -274,7 +274,8 @@ class SystemApi:
 
     async def state(self, request: Request) -> Response:
         with_processes = read_flag(request.query_params.get("processes", "false"))
-        return json_response(state_of(self._control, processes=with_processes))
+        processes = await asyncio.to_thread(readings.processes, self._control) if with_processes else None
+        return json_response(state_of(self._control, processes))
 
     async def trace(self, request: Request) -> Response:
         control = self._control

@@ -119,7 +119,7 @@ class CpuPool:
     def processes(self) -> list[ProcessReport]:
         """As a node's, with an empty GPU id."""
         reports = []
-        for process in self._alive:
+        for process in list(self._alive):
             private_bytes, shared_bytes = host_memory(process.pid)
             reports.append(
                 ProcessReport(

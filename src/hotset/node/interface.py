@@ -161,7 +161,10 @@ class Node(Protocol):
         """Whether a GPU process could be started now."""
         ...
 
-    def processes(self) -> list[ProcessReport]: ...
+    def processes(self) -> list[ProcessReport]:
+        """Those whose model is loading, resident or parked. The one method for another thread: reading the memory of a
+        process takes milliseconds, the more the more it has mapped."""
+        ...
 
     def pids(self) -> Mapping[int, str]:
         """Process id -> model, of the same processes; costs nothing."""

@@ -127,10 +127,9 @@ class LocalNode:
         return bool(self.gpus)
 
     def processes(self) -> list[ProcessReport]:
-        """Those whose model is loading, resident or parked. Reading their memory takes about a millisecond each."""
         reports = []
-        for lane in self._lanes.values():
-            for process in lane.processes.values():
+        for lane in list(self._lanes.values()):
+            for process in list(lane.processes.values()):
                 private_bytes, shared_bytes = host_memory(process.pid)
                 measured_bytes = lane.device.process_bytes(process.pid)
                 reports.append(

@@ -180,6 +180,11 @@ class CacheManager:
         """GPU ids where the model is WARM, in the order it was parked there."""
         return self._parked_on.get(model, ())
 
+    def residue_bytes(self, model: str) -> int:
+        """GPU memory that the model's process holds while it is parked, as last measured; 0 before it ever was."""
+        size = self._sizes.get(model)
+        return 0 if size is None else size.device_bytes
+
     def copies(self, model: str) -> int:
         """How many GPUs hold the model."""
         held = self._holders.get(model)
