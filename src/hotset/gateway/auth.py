@@ -21,12 +21,13 @@ from hotset.gateway.openfaas.naming import key_of
 from hotset.gateway.statuses import error_body
 from hotset.store.datastore import ApiKeyRecord
 
-PROTECTED = ("/system", "/v2/repository")
+PROTECTED = ("/system", "/ui", "/v2/repository")
 """First parts of the paths that change or show what the server does."""
 CALLS = ("/function/", "/async-function/", "/v2/models/")
 """First parts of the paths that call a function, whose name comes next."""
 USER_FILE, PASSWORD_FILE = "basic-auth-user", "basic-auth-password"
 _REFUSED = b"invalid credentials"
+_READING = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
 class Credentials:
@@ -121,13 +122,19 @@ class Guard:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope["path"], scope["headers"]) if scope["type"] == "http" else None
+        if scope["type"] != "http":
+            await self._application(scope, receive, send)
+            return
+        status, refusal = 401, self._refusal(scope["path"], scope["headers"])
+        if refusal is None and _is_foreign(scope):
+            body = error_body("another site's page asked for this: a browser may change things here from /ui/ only")
+            status, refusal = 403, (body, [(b"content-type", b"application/json")])
         if refusal is None:
             await self._application(scope, receive, send)
             return
         body, headers = refusal
         headers = [*headers, (b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": 401, "headers": headers})
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     def admits(self, path: str, headers: Headers) -> bool:
@@ -146,6 +153,19 @@ class Guard:
                 body = error_body(f"{function} is called with a key: send Authorization: Bearer KEY")
                 return body, [(b"www-authenticate", b"Bearer"), (b"content-type", b"application/json")]
         return None
+
+
+def _is_foreign(scope: Scope) -> bool:
+    """Whether a browser sends this, to change something, for another site's page: it would show our user's credentials,
+    and needs none where there are none. What is no browser says nothing of the kind."""
+    if scope["method"] in _READING or not _under(scope["path"], PROTECTED):
+        return False
+    headers = scope["headers"]
+    site, origin = _header(headers, b"sec-fetch-site"), _header(headers, b"origin")
+    if site:
+        return site not in (b"same-origin", b"none")
+    ours = (_header(headers, b"host"), _header(headers, b"x-forwarded-host"))
+    return bool(origin) and origin.partition(b"://")[2] not in filter(None, ours)
 
 
 def _under(path: str, parts: Iterable[str]) -> bool:

@@ -20,6 +20,7 @@ from starlette.responses import Response, StreamingResponse
 from hotset.gateway import readings
 from hotset.gateway.auth import ApiKeys
 from hotset.gateway.control import Control
+from hotset.gateway.dashboard import Dashboard
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.keys import KeysApi
 from hotset.gateway.logbook import LogLine
@@ -28,7 +29,7 @@ from hotset.gateway.openapi import document
 from hotset.gateway.openfaas.asynchronous import AsyncApi
 from hotset.gateway.openfaas.calls import CALLS
 from hotset.gateway.openfaas.functions import FunctionsApi
-from hotset.gateway.openfaas.info import InfoApi, Role
+from hotset.gateway.openfaas.info import InfoApi, Role, Telemetry
 from hotset.gateway.openfaas.metrics import FunctionGauges, GatewayCollector, HttpCollector, QueueCollector
 from hotset.gateway.openfaas.namespaces import Namespaces
 from hotset.gateway.openfaas.naming import name_of
@@ -104,8 +105,9 @@ class SystemApi:
             *self.namespaces.operations(),
             *(asynchronous.operations() if asynchronous is not None else ()),
             *KeysApi(deployments.store, keys if keys is not None else ApiKeys(), find).operations(),
-            *InfoApi(role).operations(),
+            *InfoApi(self._telemetry, role).operations(),
             *QueryApi(self._counts).operations(),
+            *Dashboard().operations(),
             *self._own(),
         ]
         self._described = [*self.operations, *CALLS, *described]
@@ -339,6 +341,17 @@ class SystemApi:
         if self._document is None:
             self._document = msgspec.json.encode(document(self._described))
         return Response(self._document, media_type=JSON)
+
+    def _telemetry(self) -> Telemetry:
+        control, gpus = self._control, self._control.scheduler.cluster.gpus.values()
+        return Telemetry(
+            uptime_s=control.uptime_s(),
+            functions=len(self._deployments.records),
+            invocations=sum(each.total for each in control.functions.metrics()),
+            gpus=len(gpus),
+            gpu_memory_bytes=sum(gpu.memory.capacity_bytes for gpu in gpus),
+            hot_models=sum(len(gpu.memory.residents) for gpu in gpus),
+        )
 
     def _counts(self) -> dict[str, int]:
         totals = {each.function: each.total for each in self._control.functions.metrics()}

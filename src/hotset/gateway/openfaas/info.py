@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Callable
 from enum import Enum
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -33,8 +35,26 @@ class Role(Enum):
     """Provider to requests that an OpenFaaS gateway forwarded: it alone adds the client's port to X-Forwarded-For."""
 
 
+class Telemetry(msgspec.Struct, frozen=True, kw_only=True):
+    """The server in numbers, without any names. Nothing of it is sent anywhere by itself."""
+
+    provider: str = PROVIDER.provider
+    version: str = VERSION.release
+    uptime_s: float
+    functions: int
+    """Deployed."""
+    invocations: int
+    """Calls that ended since the start."""
+    gpus: int
+    gpu_memory_bytes: int
+    """What models may use, all GPUs together."""
+    hot_models: int
+    """Copies in GPU memory."""
+
+
 class InfoApi:
-    def __init__(self, role: Role = Role.AUTO) -> None:
+    def __init__(self, telemetry: Callable[[], Telemetry], role: Role = Role.AUTO) -> None:
+        self._telemetry = telemetry
         self._role = role
 
     def operations(self) -> list[Operation]:
@@ -46,8 +66,19 @@ class InfoApi:
                 summary="Who serves: the gateway, or behind an OpenFaaS gateway the provider",
                 tag="server",
                 answers={200: Answer(text="Names and versions.", kind=(GatewayInfo, ProviderInfo))},
-            )
+            ),
+            Operation(
+                method="GET",
+                path="/system/telemetry",
+                handler=self.telemetry,
+                summary="The server in numbers",
+                tag="server",
+                answers={200: Answer(text="As of now.", kind=Telemetry)},
+            ),
         ]
+
+    async def telemetry(self, request: Request) -> Response:
+        return json_response(self._telemetry())
 
     async def info(self, request: Request) -> Response:
         role = self._role
