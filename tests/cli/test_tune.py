@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 
 from hotset.cli.main import main
 from hotset.cli.serve import serve
-from hotset.cli.tune import FLAGS, serve_flags
+from hotset.cli.tune import FLAGS, serve_config, serve_flags
 from hotset.scheduling.policies.interface import PolicySettings
-from hotset.simulation.tuning import SETTINGS, Candidate
+from hotset.simulation.candidates import SETTINGS, Candidate
 
 QUICK = ("--preset", "paper", "--minutes", "0.5", "--working-set", "30", "--seeds", "2")
 MIB = 1 << 20
@@ -43,7 +42,7 @@ def recording(tmp_path: Path) -> Path:
         "eviction": "lru",
         "burst_s": 0.002,
         "gpus": [{"gpu_id": f"local/virtual:{index}", "memory_bytes": 250 * MIB} for index in range(2)],
-        "models": {name: {"memory_bytes": 100 * MIB, "load_s": 1.0, "inference_s": 0.1} for name in names},
+        "models": {name: {"memory_bytes": 100 * MIB, "load_s": 1.0, "inference_s": 0.1, "restore_s": 0.1} for name in names},
     }
     row = {"inference_s": 0.1, "status": 200, "gpu_id": "local/virtual:0", "duration_s": 0.1, "hit": True}
     rows = [{**row, "arrival_s": index * 0.3, "function": names[index * 3 % 5]} for index in range(200)]
@@ -54,7 +53,7 @@ def recording(tmp_path: Path) -> Path:
 def test_a_servers_calls_are_tuned_for_its_own_machine_and_against_its_own_setting(recording: Path) -> None:
     answer = told(recording)
 
-    assert answer["current"] == {"policy": "lb", "eviction": "lru"}
+    assert answer["current"] == {"policy": "lb", "eviction": "lru", "overlap": False, "host_memory_bytes": 0}
     assert answer["change"] is True
     assert answer["choice"] == answer["best"] != answer["current"]
     assert answer["gain_over"] == "later requests"
@@ -71,24 +70,27 @@ def test_a_servers_calls_are_tuned_for_its_own_machine_and_against_its_own_setti
 
 def test_another_machine_another_answer(recording: Path) -> None:
     """With room for every model on every GPU there is little to gain, and nothing that is sure."""
-    roomy = told(recording, "--gpus", "3", "--gpu-memory", "1GiB")
+    assert told(recording, "--policy", "lalb_o3")["change"]
+    roomy = told(recording, "--policy", "lalb_o3", "--gpus", "3", "--gpu-memory", "1GiB")
 
     assert roomy["change"] is False
     assert roomy["choice"] == roomy["current"]
 
 
-def test_the_table_says_what_to_set(recording: Path) -> None:
-    text = tune(recording, "--policy", "lalb_o3", "--eviction", "lru").stdout
+def test_the_table_says_what_to_set(recording: Path, tmp_path: Path) -> None:
+    text = tune(recording, "--policy", "lalb_o3", "--eviction", "lru", "--save", tmp_path / "tuned.toml").stdout
 
     assert text.startswith("recorded calls on 2 GPUs with 250 MiB each\n")
     assert "lb + lru *" in text
     assert "of the mean latency saved against lb + lru (95 % between" in text
     assert "\n  hotset serve --policy lalb_o3 --eviction lru" in text
+    context = serve.make_context("serve", ["--config", str(tmp_path / "tuned.toml")])
+    assert (context.params["policy"], context.params["eviction"]) == ("lalb_o3", "lru")
 
 
 def test_it_says_stay_where_nothing_is_better_and_where_nothing_is_sure(recording: Path) -> None:
-    same = tune(recording, "--current", "lalb_o3+lru", "--policy", "lb", "--eviction", "lru").stdout
-    assert "Stay with lalb_o3 + lru: nothing that was tried is better." in same
+    roomy = ("--gpus", "3", "--gpu-memory", "1GiB", "--current", "lalb_o3+lru", "--policy", "lb", "--eviction", "lru")
+    assert "Stay with lalb_o3 + lru" in tune(recording, *roomy).stdout
 
     unsure = tune(*QUICK, "--seeds", "1", "--current", "lb+lru", "--policy", "lalb").stdout
     assert "Stay with lb + lru. The best was lalb + " in unsure
@@ -97,7 +99,7 @@ def test_it_says_stay_where_nothing_is_better_and_where_nothing_is_sure(recordin
 
 def test_the_preset_and_any_trace_are_tuned_like_simulated(tmp_path: Path) -> None:
     answer = told(*QUICK, "--policy", "lalb_o3,lalb", "--eviction", "lru")
-    assert answer["current"] == {"policy": "lalb_o3", "eviction": "lru"}
+    assert (answer["current"]["policy"], answer["current"]["eviction"]) == ("hotset", "hotset")
     assert answer["gain_over"] == "other seeds"
     assert {score["requests"] for score in answer["candidates"]} == {163}
 
@@ -151,12 +153,48 @@ def test_time_that_ran_out_is_said(recording: Path, monkeypatch: pytest.MonkeyPa
     assert "Time ran out before the longest comparison" in tune(recording, "--seconds", "0.0001").stdout
 
 
-def test_every_setting_that_is_tried_can_be_set() -> None:
+def test_tiers_are_tried_as_far_as_there_is_host_memory(recording: Path) -> None:
+    """Five models where two fit: what left a GPU comes back from host memory in a tenth of a load."""
+    only = ("--policy", "lb", "--eviction", "lru")
+    answer = told(recording, *only, "--host-memory", "2GiB")
+
+    tried = {(each["overlap"], each["host_memory_bytes"]) for each in answer["candidates"]}
+    assert tried == {(overlap, gib << 30) for overlap in (False, True) for gib in (0, 1, 2)}
+    assert answer["choice"]["host_memory_bytes"] > 0
+    assert "--host-memory" in answer["serve_flags"]
+    assert {each["host_memory_bytes"] for each in told(recording, *only)["candidates"]} == {0}
+    assert "host 1 GiB" in tune(recording, *only, "--host-memory", "2GiB").stdout
+
+
+def test_a_recorded_servers_tiers_and_settings_are_what_is_set_now(recording: Path) -> None:
+    header, *rows = recording.read_text().splitlines()
+    ran = {"overlap": True, "host_memory_bytes": 300 * MIB, "policy": "lalb_o3", "settings": {"o3_limit": 3}}
+    recording.write_text("\n".join([json.dumps(json.loads(header) | ran), *rows]))
+    answer = told(recording, "--policy", "lb", "--eviction", "lru")
+
+    assert answer["current"] == {
+        "policy": "lalb_o3",
+        "eviction": "lru",
+        "o3_limit": 3,
+        "overlap": True,
+        "host_memory_bytes": 300 * MIB,
+    }
+    assert {each["host_memory_bytes"] for each in answer["candidates"]} == {0, 150 * MIB, 300 * MIB}
+
+
+@pytest.mark.parametrize("now_overlaps", [False, True])
+def test_whatever_is_tried_can_be_set(now_overlaps: bool, tmp_path: Path) -> None:
     assert set(FLAGS) == set(SETTINGS)
     settings = PolicySettings(o3_limit=5, max_skips=100, max_wait_s=30.0)
-    flags = serve_flags(Candidate(policy="hotset", eviction="lru", settings=settings))
+    current = Candidate(policy="lb", eviction="lru", overlap=now_overlaps, host_memory_bytes=5 * MIB)
+    best = Candidate(policy="hotset", eviction="lru", settings=settings, overlap=not now_overlaps)
+    flags = serve_flags(best, current)
 
-    assert flags[4:] == ["--o3-limit", "5", "--max-skips", "100", "--max-wait", "30s"]
-    context = click.Context(serve)
-    serve.parse_args(context, flags)
-    assert (context.params["o3_limit"], context.params["max_skips"], context.params["max_wait"]) == (5, 100, "30s")
+    assert flags[4:10] == ["--o3-limit", "5", "--max-skips", "100", "--max-wait", "30s"]
+    assert flags[10:] == ["--no-overlap" if now_overlaps else "--overlap", "--host-memory", "0MiB"]
+    file = tmp_path / "hotset.toml"
+    file.write_text(serve_config(best, current))
+    for arguments in (flags, ["--config", str(file)]):
+        params = serve.make_context("serve", list(arguments)).params
+        assert (params["o3_limit"], params["max_skips"], params["max_wait"]) == (5, 100, "30s")
+        assert (params["overlap"], params["host_memory"]) == (not now_overlaps, "0MiB")

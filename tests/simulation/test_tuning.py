@@ -9,10 +9,12 @@ import msgspec
 import pytest
 
 from hotset.errors import ConfigurationError, UnknownNameError
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.policies.interface import PolicySettings
 from hotset.simulation import tuning
+from hotset.simulation.candidates import SETTINGS, Candidate, heeds, other_settings, other_tiers, pairs
 from hotset.simulation.hardware import MIB, Hardware, ModelCost, make_gpus
-from hotset.simulation.tuning import Candidate, Objective, Problem, Tuning, candidates, heeds, tune
+from hotset.simulation.tuning import Objective, Problem, Tuning, tune
 from hotset.simulation.workloads import Arrival, Popularity, Process, Synthetic
 
 LB = Candidate(policy="lb", eviction="lru")
@@ -109,10 +111,10 @@ def test_of_one_seed_nothing_is_known() -> None:
 
 
 def test_equal_arguments_give_equal_results() -> None:
-    first, second = (tune(drawn(0.5), LB, candidates(["lalb", "lalb_o3"], ["lru"]), seeds=2) for _ in range(2))
+    first, second = (tune(drawn(0.5), LB, pairs(LB, ["lalb", "lalb_o3"], ["lru", "lfu"]), seeds=2) for _ in range(2))
 
     assert first == second
-    assert first != tune(drawn(0.5), LB, candidates(["lalb", "lalb_o3"], ["lru"]), seeds=2, first_seed=7)
+    assert first != tune(drawn(0.5), LB, pairs(LB, ["lalb", "lalb_o3"], ["lru", "lfu"]), seeds=2, first_seed=7)
 
 
 @pytest.mark.parametrize("objective", [Objective.P99, Objective.GOODPUT])
@@ -156,7 +158,8 @@ def short_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def halved(**how: object) -> Tuning:
     """LB against many on 400 requests, of which 200 are for choosing."""
-    tried = candidates(["lalb", "lalb_o3"], ["lru", "hotset"])
+    o3 = pairs(LB, ["lalb_o3"], ["lru", "hotset"])
+    tried = [*pairs(LB, ["lalb"], ["lru", "hotset"]), *o3, *(each for one in o3 for each in other_settings(one))]
     return tune(crowded(), LB, tried, **how)  # type: ignore[arg-type]
 
 
@@ -186,22 +189,68 @@ def test_when_time_is_up_the_longest_finished_comparison_counts() -> None:
     assert result.gain.values == tuning.BLOCKS
 
 
+@pytest.mark.usefixtures("short_prefixes")
+def test_the_best_are_refined_one_kind_of_setting_after_the_other() -> None:
+    """Loads that overlap with runs beat any policy; the policy's settings are tried on top of that."""
+    result = halved(refine=[lambda best: other_tiers(best, 0), other_settings])
+
+    assert result.best.overlap
+    assert result.best.policy != "lb"
+    assert result.worthwhile
+    assert result.complete
+    refined = [score.candidate for score in result.scores if score.candidate.overlap and score.candidate.changed()]
+    assert refined
+    assert {score.requests for score in result.scores if score.candidate == result.best} == {200}
+
+
+@pytest.mark.usefixtures("short_prefixes")
+def test_a_refinement_for_which_there_is_no_time_changes_nothing() -> None:
+    looks = itertools.count()
+    tune(crowded(), LB, [O3], clock=lambda: float(next(looks)))
+    clock = itertools.count()
+    enough_s = next(looks) / tuning.CHOOSING_SHARE * 2
+    result = tune(crowded(), LB, [O3], refine=[other_settings], seconds=enough_s, clock=lambda: float(next(clock)))
+
+    assert not result.complete
+    assert result.best == O3
+
+
+def test_every_policy_meets_every_eviction_on_the_machine_as_it_is_used_now() -> None:
+    current = Candidate(policy="lb", eviction="lru", settings=PolicySettings(o3_limit=1), overlap=True)
+    tried = pairs(current, ["lalb", "lalb_o3"], ["lru", "lfu"])
+
+    assert [(each.policy, each.eviction) for each in tried] == [
+        ("lalb", "lru"),
+        ("lalb", "lfu"),
+        ("lalb_o3", "lru"),
+        ("lalb_o3", "lfu"),
+    ]
+    assert all(each.overlap and not each.changed() for each in tried)
+
+
 def test_settings_are_tried_with_the_policies_that_heed_them() -> None:
     assert heeds("lalb_o3", "o3_limit")
     assert not heeds("lalb", "o3_limit")
-    tried = candidates(["lalb", "lalb_o3"], ["lru"])
-
-    assert tried[0] == LALB
-    assert tried[1] == O3
-    limits = [candidate.changed().get("o3_limit") for candidate in tried[2:]]
-    assert limits == list(tuning.SETTINGS["o3_limit"])
+    assert other_settings(LALB) == []
+    assert [each.changed()["o3_limit"] for each in other_settings(O3)] == list(SETTINGS["o3_limit"])
     assert Candidate(policy="lb", eviction="lru", settings=PolicySettings(max_wait_s=1.0)).changed() == {
         "max_wait_s": 1.0
     }
 
 
+def test_tiers_are_tried_together() -> None:
+    tried = {(each.overlap, each.host_memory_bytes) for each in other_tiers(LB, 100)}
+
+    assert tried == {(overlap, size) for overlap in (False, True) for size in (0, 50, 100)}
+    assert len(other_tiers(LB, 0)) == 2
+    config = Candidate(policy="lb", eviction="lru", overlap=True, host_memory_bytes=7).applied_to(
+        SchedulerConfig(burst_s=0.5)
+    )
+    assert (config.burst_s, config.overlap, config.host_memory_bytes) == (0.5, True, 7)
+
+
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
     with pytest.raises(UnknownNameError, match="lalb_o3"):
-        candidates(["nobody"])
+        pairs(LB, ["nobody"], ["lru"])
     with pytest.raises(UnknownNameError, match="lru"):
-        candidates(["lb"], ["nobody"])
+        pairs(LB, ["lb"], ["nobody"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,21 @@ from hotset.functions.units import format_bytes, parse_bytes, parse_duration
 from hotset.gateway.state import TraceHeader
 from hotset.scheduling.eviction import EVICTIONS, make_eviction
 from hotset.scheduling.policies import POLICIES, make_policy
+from hotset.simulation.candidates import Candidate, other_settings, other_tiers, pairs
+from hotset.simulation.hardware import MIB
 from hotset.simulation.presets import PRESETS
 from hotset.simulation.traces.reading import first_line
-from hotset.simulation.tuning import Candidate, Objective, Problem, Score, Tuning, candidates, tune
+from hotset.simulation.tuning import Objective, Problem, Score, Tuning, tune
 from hotset.simulation.workloads import Arrival
 
-FLAGS: Mapping[str, str] = {"o3_limit": "--o3-limit", "max_skips": "--max-skips", "max_wait_s": "--max-wait"}
+FLAGS: Mapping[str, str] = {"o3_limit": "o3-limit", "max_skips": "max-skips", "max_wait_s": "max-wait"}
 """Which flag of ``hotset serve`` sets a field of ``PolicySettings``."""
-DEFAULT_CURRENT = "lalb_o3+lru"
+DEFAULT_CURRENT = "hotset+hotset"
+"""What ``hotset serve`` runs when nothing is said."""
 _SHARED = (
     *("gpus", "gpu_memory", "trace_format", "trace_mode", "choice", "start_minute", "compression", "rate", "minutes"),
     *("arrivals", "zipf", "model_memory", "load", "bandwidth", "inference", "max_batch", "batch_marginal"),
-    *("max_batch_wait", "models_path", "seeds", "first_seed"),
+    *("max_batch_wait", "copy_bandwidth", "models_path", "seeds", "first_seed"),
 )
 """Options that are ``hotset simulate``'s own."""
 _OF_RECORDINGS = ("gpus", "gpu_memory", "seeds", "first_seed")
@@ -77,9 +81,17 @@ class RecordedCalls(msgspec.Struct, frozen=True):
     help="Mean latency, its 99th percentile, or the share of answers within --deadline.",
 )
 @click.option("--deadline", metavar="TIME", help="Within which requests are to be answered (goodput).")
-@click.option("--current", metavar="POLICY+EVICTION", help="What is set now; default: as recorded, or lalb_o3+lru.")
+@click.option("--current", metavar="POLICY+EVICTION", help="What is set now; default: as recorded, or hotset+hotset.")
 @click.option("--policy", "policies", metavar="A,B,...", help="Policies to try; default: all.")
 @click.option("--eviction", "evictions", metavar="A,B,...", help="Eviction policies to try; default: all.")
+@click.option(
+    "--host-memory", metavar="SIZE", help="Most host memory to try for models; default: the recorded server's, or none."
+)
+@click.option(
+    "--save",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write what to set into this file, for `hotset serve --config`.",
+)
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
@@ -98,12 +110,14 @@ def tune_command(
     current: str | None,
     policies: str | None,
     evictions: str | None,
+    host_memory: str | None,
+    save: Path | None,
     seconds: float,
     gateway: str,
     as_json: bool,
     **shared: Any,
 ) -> None:
-    """Say which policy, eviction and settings would serve your traffic best, by trying them in the simulator.
+    """Say which policy, eviction, settings and tiers would serve your traffic best, by trying them in the simulator.
 
     The traffic is that of the running server; or of TRACE, a file that `hotset replay --save` kept or a trace in any
     format of docs/traces.md; or a --preset. A server's trace brings its machine along; --gpus and --gpu-memory ask for
@@ -113,6 +127,7 @@ def tune_command(
     if (objective == Objective.GOODPUT.value) != (deadline is not None):
         raise ConfigurationError("--objective goodput and --deadline go together: give both or neither")
     deadline_s = parse_duration(deadline, "--deadline") if deadline is not None else None
+    host_bytes = parse_bytes(host_memory, "--host-memory") if host_memory is not None else None
     recording = None if preset_name is not None else _recording(trace, gateway)
     if recording is not None:
         context = click.get_current_context()
@@ -127,21 +142,29 @@ def tune_command(
             named = given[0] if given else "--working-set"
             raise ConfigurationError(f"a server's trace is taken as it was; leave {named} out")
         problem = _recorded_problem(recording, shared, deadline_s)
-        set_now = current or f"{recording.header.policy}+{recording.header.eviction}"
+        set_now = _recorded(recording)
+        if host_bytes is None:
+            host_bytes = set_now.host_memory_bytes
     else:
-        problem = _simulated_problem(trace, preset_name, working_set, shared, deadline_s)
-        set_now = current or DEFAULT_CURRENT
+        problem = _simulated_problem(trace, preset_name, working_set, shared, deadline_s, host_memory)
+        set_now = _named(DEFAULT_CURRENT)
+    if current is not None:
+        said = _named(current)
+        set_now = msgspec.structs.replace(set_now, policy=said.policy, eviction=said.eviction, settings=said.settings)
     with progress("trying", quiet=as_json) as heard:
         result = tune(
             problem,
-            _candidate(set_now),
-            candidates(_names(policies, POLICIES), _names(evictions, EVICTIONS)),
+            set_now,
+            pairs(set_now, _names(policies, POLICIES), _names(evictions, EVICTIONS)),
             Objective(objective),
+            refine=[lambda best: other_tiers(best, host_bytes or 0), other_settings],
             seeds=shared["seeds"],
             first_seed=shared["first_seed"],
             seconds=seconds,
             progress=heard,
         )
+    if save is not None:
+        save.write_text(serve_config(result.choice, result.current), encoding="utf-8")
     if as_json:
         write_json(_as_json(result, deadline_s))
     else:
@@ -186,9 +209,11 @@ def _simulated_problem(
     working_set: int | None,
     shared: Mapping[str, Any],
     deadline_s: float | None,
+    host_memory: str | None,
 ) -> Problem:
     options = simulate.make_context("simulate", []).params
     options |= {**shared, "trace_path": trace, "preset_name": preset_name or options["preset_name"]}
+    options["host_memory"] = host_memory  # so that it is known how long copies to and from there take
     preset = PRESETS[options["preset_name"]]
     options["sizes"] = (working_set or preset.working_sets[-1],)
     spec = experiment(Options(**options))
@@ -200,27 +225,61 @@ def _simulated_problem(
     )
 
 
-def _candidate(text: str) -> Candidate:
+def _recorded(recording: Recording) -> Candidate:
+    """How the recorded server was run."""
+    known = recording.header
+    return Candidate(
+        policy=known.policy,
+        eviction=known.eviction,
+        settings=known.settings,
+        overlap=known.overlap,
+        host_memory_bytes=known.host_memory_bytes,
+    )
+
+
+def _named(text: str) -> Candidate:
     policy, _, eviction = text.partition("+")
-    make_policy(policy)
-    make_eviction(eviction)
-    return Candidate(policy=policy, eviction=eviction)
+    return Candidate(policy=make_policy(policy).name, eviction=make_eviction(eviction).name)
 
 
 def _names(text: str | None, known: Mapping[str, object]) -> list[str]:
     return list(known) if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def serve_flags(candidate: Candidate) -> list[str]:
-    """What to give ``hotset serve`` to run like this."""
-    flags = ["--policy", candidate.policy, "--eviction", candidate.eviction]
+def serve_settings(candidate: Candidate, current: Candidate) -> dict[str, str | int | bool]:
+    """What to tell ``hotset serve`` to run like this, by the flags' names; of the tiers, what differs from now."""
+    settings: dict[str, str | int | bool] = {"policy": candidate.policy, "eviction": candidate.eviction}
     for name, value in candidate.changed().items():
-        flags += [FLAGS[name], f"{value:g}s" if name.endswith("_s") else f"{value:g}"]
+        settings[FLAGS[name]] = f"{value:g}s" if name.endswith("_s") else int(value)
+    if candidate.overlap or current.overlap:
+        settings["overlap"] = candidate.overlap
+    if candidate.host_memory_bytes or current.host_memory_bytes:
+        settings["host-memory"] = f"{candidate.host_memory_bytes // MIB}MiB"
+    return settings
+
+
+def serve_flags(candidate: Candidate, current: Candidate) -> list[str]:
+    """The same as arguments."""
+    flags: list[str] = []
+    for name, value in serve_settings(candidate, current).items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", str(value)]
     return flags
+
+
+def serve_config(candidate: Candidate, current: Candidate) -> str:
+    """The same as a file for ``hotset serve --config`` (TOML, whose texts and numbers are written as JSON's here)."""
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in serve_settings(candidate, current).items())
 
 
 def _label(candidate: Candidate) -> str:
     changes = [f"{name.removesuffix('_s')} {value:g}" for name, value in candidate.changed().items()]
+    if candidate.overlap:
+        changes.append("overlap")
+    if candidate.host_memory_bytes:
+        changes.append(f"host {format_bytes(candidate.host_memory_bytes)}")
     return " ".join((f"{candidate.policy} + {candidate.eviction}", *changes))
 
 
@@ -232,7 +291,8 @@ def _as_json(result: Tuning, deadline_s: float | None) -> dict[str, Any]:
         "best": _candidate_json(result.best),
         "choice": _candidate_json(result.choice),
         "change": result.choice != result.current,
-        "serve_flags": serve_flags(result.choice),
+        "serve_flags": serve_flags(result.choice, result.current),
+        "serve_config": serve_config(result.choice, result.current),
         "gain": msgspec.to_builtins(result.gain),
         "gain_over": "other seeds" if result.seeded else "later requests",
         "complete": result.complete,
@@ -247,7 +307,8 @@ def _as_json(result: Tuning, deadline_s: float | None) -> dict[str, Any]:
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:
-    return {"policy": candidate.policy, "eviction": candidate.eviction, **candidate.changed()}
+    tiers = {"overlap": candidate.overlap, "host_memory_bytes": candidate.host_memory_bytes}
+    return {"policy": candidate.policy, "eviction": candidate.eviction, **tiers, **candidate.changed()}
 
 
 def _show(result: Tuning, problem: Problem, seed: int) -> None:
@@ -285,7 +346,13 @@ def _verdict(result: Tuning) -> list[str]:
     sure = f"95 % between {gain.ci95[0]:+.1%} and {gain.ci95[1]:+.1%}" if gain.ci95 else "one value, so nobody knows"
     measured = f"{gain.mean:+.1%} {what} against {_label(result.current)} ({sure}, over {over})"
     if result.worthwhile:
-        return [f"Set {_label(result.best)}: {measured}.", "", f"  hotset serve {' '.join(serve_flags(result.best))}"]
+        flags = " ".join(serve_flags(result.best, result.current))
+        config = serve_config(result.best, result.current).splitlines()
+        return [
+            f"Set {_label(result.best)}: {measured}.",
+            *("", f"  hotset serve {flags}", "", "or, in a file for --config:", ""),
+            *(f"  {line}" for line in config),
+        ]
     return [
         f"Stay with {_label(result.current)}. The best was {_label(result.best)}, but that is within noise: {measured}."
     ]

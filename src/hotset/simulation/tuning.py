@@ -1,8 +1,9 @@
-"""Tuning: which policy, eviction and settings serve a workload best on a machine, and how sure that is.
+"""Tuning: which of many candidates serves a workload best on a machine, and how sure that is.
 
 Candidates are compared by successive halving (Jamieson, Talwalkar, "Non-stochastic Best Arm Identification and
 Hyperparameter Optimization", AISTATS 2016): all on a short prefix of the workload, the better half on one three times
-as long, and so on. The gain of the winner is then measured on requests that had no part in choosing it: other seeds
+as long, and so on. The few best are then refined, one kind of setting after the other, in the same way. The gain of the
+winner is measured on requests that had no part in choosing it: other seeds
 where the seed makes the workload, else the trace's second half. So it is not flattered by having been chosen.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import islice, pairwise
 
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 
 from hotset.errors import ConfigurationError
 from hotset.scheduling.config import SchedulerConfig
-from hotset.scheduling.eviction import EVICTIONS, make_eviction
-from hotset.scheduling.policies import POLICIES, make_policy
-from hotset.scheduling.policies.interface import PolicySettings
+from hotset.scheduling.eviction import make_eviction
+from hotset.scheduling.policies import make_policy
 from hotset.scheduling.scheduler import Scheduler
+from hotset.simulation.candidates import Candidate
 from hotset.simulation.engine import Engine
 from hotset.simulation.experiment import expected_requests
 from hotset.simulation.hardware import Hardware
@@ -32,19 +33,15 @@ from hotset.simulation.metrics import Recorder
 from hotset.simulation.statistics import confidence_interval, mean
 from hotset.simulation.workloads import Arrival, Workload
 
-SETTINGS: Mapping[str, Sequence[float]] = {
-    "o3_limit": (0, 5, 10, 50, 100, 400),
-    "max_skips": (100, 1_000),
-    "max_wait_s": (10.0, 30.0, 300.0),
-}
-"""What is tried of each of ``PolicySettings`` beside its default, one at a time, with the policies that heed it."""
 FIRST_PREFIX = 2_000
 """Requests of the first comparison."""
 GROWTH = 3
 FINALISTS = 3
-"""So many are kept to the end."""
+"""So many are kept to the end, and refined."""
 BLOCKS = 10
 """Parts of the second half of a trace without seeds: each gives one independent-enough value of the gain."""
+LIKELY_VARIATIONS = 8
+"""Of a candidate, when it is refined; for the progress bar."""
 CHOOSING_SHARE = 0.6
 """Of the time given; the rest is for measuring the gain."""
 
@@ -60,25 +57,6 @@ class Objective(Enum):
     """Share of requests that are answered within their deadline."""
 
 
-class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to run the scheduler."""
-
-    policy: str
-    eviction: str
-    settings: PolicySettings = PolicySettings()
-
-    def changed(self) -> dict[str, float]:
-        """The settings that are not at their default."""
-        return {
-            name: getattr(self.settings, name)
-            for name in SETTINGS
-            if getattr(self.settings, name) != getattr(_DEFAULTS, name)
-        }
-
-
-_DEFAULTS = PolicySettings()
-
-
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
     """A workload, and the machine that is to serve it."""
 
@@ -86,6 +64,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     hardware: Callable[[int], Hardware]
     """The machine and what the models cost there, by seed."""
     config: SchedulerConfig = SchedulerConfig()
+    """What candidates do not say."""
     deadline_s: float | None = None
     """Within which each request must be answered; None: whenever."""
 
@@ -141,29 +120,8 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
         return self.best if self.worthwhile else self.current
 
 
-def heeds(policy: str, setting: str) -> bool:
-    """Whether a policy reads a setting: made with two values of it, it differs. Raises ``UnknownNameError``."""
-    one, other = (
-        make_policy(policy, msgspec.structs.replace(_DEFAULTS, **{setting: value})) for value in SETTINGS[setting][:2]
-    )
-    return vars(one) != vars(other)
-
-
-def candidates(
-    policies: Iterable[str] = tuple(POLICIES), evictions: Iterable[str] = tuple(EVICTIONS)
-) -> list[Candidate]:
-    """Every policy with every eviction, with default settings and with each setting changed alone."""
-    names = list(evictions)
-    found: list[Candidate] = []
-    for policy in policies:
-        changes = [{name: value} for name in SETTINGS if heeds(policy, name) for value in SETTINGS[name]]
-        for eviction in names:
-            make_eviction(eviction)
-            found += [
-                Candidate(policy=policy, eviction=eviction, settings=msgspec.structs.replace(_DEFAULTS, **change))
-                for change in ({}, *changes)
-            ]
-    return list(dict.fromkeys(found))
+Refine = Callable[[Candidate], Sequence[Candidate]]
+"""Variations of a candidate that did well, itself not among them."""
 
 
 def tune(
@@ -172,13 +130,14 @@ def tune(
     tried: Sequence[Candidate],
     objective: Objective = Objective.MEAN,
     *,
+    refine: Sequence[Refine] = (),
     seeds: int = 5,
     first_seed: int = 0,
     seconds: float = math.inf,
     progress: Callable[[float], None] = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Tuning:
-    """Compare the candidates with the current setting, in about that many seconds.
+    """Compare the candidates with the current setting, then variations of the best, in about that many seconds.
 
     The first comparison and the measurement of the gain are carried out however long they take. As long as time
     suffices (``Tuning.complete``) equal arguments give equal results. Raises ``ConfigurationError`` for a workload
@@ -186,37 +145,30 @@ def tune(
     """
     if objective is Objective.GOODPUT and problem.deadline_s is None:
         raise ConfigurationError("goodput counts answers within a deadline: give one")
-    tuner = _Tuner(problem, objective, _Watch(progress, clock, seconds))
-    everyone = list(dict.fromkeys([current, *tried]))
     seeded = _depends_on_seed(problem, first_seed)
     total = _requests(problem.workload, first_seed)
     if not total:
         raise ConfigurationError("there is no request in this workload: nothing to tune for")
-    choosing = list(range(first_seed, first_seed + (seeds if seeded else 1)))
-    ladder = _ladder(total if seeded else math.ceil(total / 2), len(everyone))
-    tuner.planned = sum(rung.requests * rung.candidates for rung in ladder) * len(choosing) + 2 * total * len(choosing)
+    choosing = range(first_seed, first_seed + (seeds if seeded else 1))
+    most = total if seeded else math.ceil(total / 2)
+    everyone = list(dict.fromkeys([current, *tried]))
+    work = sum(rung.requests * rung.candidates for rung in _ladder(most, len(everyone)))
+    work += sum(rung.requests * rung.candidates for rung in _ladder(most, FINALISTS * LIKELY_VARIATIONS)) * len(refine)
+    watch = _Watch(progress, clock, seconds, planned=work * len(choosing) + 2 * total * len(choosing))
+    tuner = _Tuner(problem, objective, watch, choosing)
 
-    scores: dict[Candidate, Score] = {}
-    reached = 0
     complete = True
-    for rung in ladder:
-        kept = everyone[: rung.candidates]
-        if current not in kept:
-            kept[-1] = current
-        try:
-            results = [tuner.score(candidate, choosing, rung.requests, hurry=reached > 0) for candidate in kept]
-        except _OutOfTimeError:
-            complete = False
-            break
-        reached = rung.requests
-        scores |= {score.candidate: score for score in results}
-        everyone = sorted(kept, key=lambda candidate: (tuner.cost(scores[candidate]), kept.index(candidate)))
+    for number, vary in enumerate((None, *refine), start=1):
+        if vary is not None:
+            finalists = everyone[:FINALISTS]
+            everyone = list(dict.fromkeys([*finalists, current, *(more for each in finalists for more in vary(each))]))
+        watch.give(CHOOSING_SHARE * number / (1 + len(refine)))
+        complete &= tuner.halve(everyone, current, most)
     best = everyone[0]
     if seeded:
-        fresh = range(first_seed + seeds, first_seed + 2 * seeds)
-        gain = tuner.gain_on_seeds(best, current, fresh, reached)
+        gain = tuner.gain_on_seeds(best, current, range(first_seed + seeds, first_seed + 2 * seeds))
     else:
-        gain = tuner.gain_on_rest(best, current, first_seed, reached, min(total, 2 * reached))
+        gain = tuner.gain_on_rest(best, current, first_seed, min(total, 2 * tuner.reached))
     return Tuning(
         objective=objective,
         current=current,
@@ -225,7 +177,7 @@ def tune(
         worthwhile=gain.ci95 is not None and gain.ci95[0] > 0,
         seeded=seeded,
         complete=complete,
-        scores=sorted(scores.values(), key=lambda score: (-score.requests, tuner.cost(score))),
+        scores=sorted(tuner.scores.values(), key=lambda score: (-score.requests, tuner.cost(score))),
     )
 
 
@@ -252,18 +204,30 @@ class _OutOfTimeError(Exception):
 
 
 class _Watch:
-    """Tells how much is done, and when time is up."""
+    """Tells how much is done, and when the time that was given for something is up."""
 
-    def __init__(self, progress: Callable[[float], None], clock: Callable[[], float], seconds: float) -> None:
+    def __init__(
+        self, progress: Callable[[float], None], clock: Callable[[], float], seconds: float, planned: int
+    ) -> None:
         self._progress = progress
         self._clock = clock
         self._seconds = seconds
         self._start_s = clock()
+        self._planned = planned
+        """Requests to simulate in all, about."""
+        self._until = 1.0
+        self._told = 0.0
 
-    def look(self, share: float, *, hurry: bool) -> None:
+    def give(self, until: float) -> None:
+        """What comes next has time until that share of all is used."""
+        self._until = until
+
+    def look(self, done: int, *, hurry: bool) -> None:
+        """So many requests were simulated; raises ``_OutOfTimeError`` if time is up, and only when in a hurry."""
         used = (self._clock() - self._start_s) / self._seconds
-        self._progress(min(1.0, max(share, used)))
-        if hurry and used > CHOOSING_SHARE:
+        self._told = max(self._told, min(1.0, max(done / self._planned, used)))
+        self._progress(self._told)
+        if hurry and used > self._until:
             raise _OutOfTimeError
 
 
@@ -311,17 +275,41 @@ class _Keeping(Recorder):
 class _Tuner:
     """Runs candidates on a problem."""
 
-    def __init__(self, problem: Problem, objective: Objective, watch: _Watch) -> None:
+    def __init__(self, problem: Problem, objective: Objective, watch: _Watch, seeds: Sequence[int]) -> None:
         self._problem = problem
         self._objective = objective
         self._watch = watch
+        self._seeds = seeds
         self._done = 0
-        self.planned = 1
-        """Requests to simulate in all."""
+        self.scores: dict[Candidate, Score] = {}
+        """Of every candidate, the one of its longest run."""
+        self.reached = 0
+        """Requests of the longest comparison that was finished."""
 
-    def score(self, candidate: Candidate, seeds: Sequence[int], requests: int, *, hurry: bool) -> Score:
-        """Means over the seeds; raises ``_OutOfTimeError`` only when in a hurry."""
-        runs = [self._play(candidate, seed, requests, hurry=hurry) for seed in seeds]
+    def halve(self, everyone: list[Candidate], current: Candidate, most: int) -> bool:
+        """Sort the candidates, best first, dropping the worse half on the way but never the current one.
+
+        False: time ran out, and the order is that of the longest comparison that was finished, if any was.
+        """
+        for rung in _ladder(most, len(everyone)):
+            kept = everyone[: rung.candidates]
+            if current not in kept:
+                kept[-1] = current
+            try:
+                results = {each: self._score(each, rung.requests, hurry=self.reached > 0) for each in kept}
+            except _OutOfTimeError:
+                return False
+            self.reached = max(self.reached, rung.requests)
+            self.scores |= results
+            everyone[:] = sorted(kept, key=lambda each: (self.cost(results[each]), kept.index(each)))
+        return True
+
+    def _score(self, candidate: Candidate, requests: int, *, hurry: bool) -> Score:
+        """Means over the seeds."""
+        known = self.scores.get(candidate)
+        if known is not None and known.requests == requests:
+            return known
+        runs = [self._play(candidate, seed, requests, hurry=hurry) for seed in self._seeds]
         return Score(
             candidate=candidate,
             requests=len(runs[0].arrivals_s),
@@ -335,17 +323,17 @@ class _Tuner:
         """What is to be small."""
         return -score.objective if self._objective is Objective.GOODPUT else score.objective
 
-    def gain_on_seeds(self, best: Candidate, current: Candidate, seeds: Sequence[int], requests: int) -> Gain:
+    def gain_on_seeds(self, best: Candidate, current: Candidate, seeds: Sequence[int]) -> Gain:
         """One value for each seed."""
         ours, theirs = (
-            [self._value(self._play(candidate, seed, requests, hurry=False)) for seed in seeds]
+            [self._value(self._play(candidate, seed, self.reached, hurry=False)) for seed in seeds]
             for candidate in (best, current)
         )
         return self._gain(ours, theirs)
 
-    def gain_on_rest(self, best: Candidate, current: Candidate, seed: int, seen: int, requests: int) -> Gain:
+    def gain_on_rest(self, best: Candidate, current: Candidate, seed: int, requests: int) -> Gain:
         """One value for each of the parts that follow the requests that were seen when choosing (batch means)."""
-        bounds = np.linspace(seen, requests, BLOCKS + 1).astype(int)
+        bounds = np.linspace(self.reached, requests, BLOCKS + 1).astype(int)
         parts = [(int(first), int(last)) for first, last in pairwise(bounds) if first < last]
         ours, theirs = (
             [self._value(run.part(*part)) for part in parts]
@@ -372,8 +360,9 @@ class _Tuner:
     def _play(self, candidate: Candidate, seed: int, requests: int, *, hurry: bool) -> _Run:
         problem = self._problem
         hardware = problem.hardware(seed)
+        config = candidate.applied_to(problem.config)
         scheduler = Scheduler(
-            make_policy(candidate.policy, candidate.settings), make_eviction(candidate.eviction), problem.config
+            make_policy(candidate.policy, candidate.settings), make_eviction(candidate.eviction), config
         )
         engine = Engine(scheduler, hardware, deadline_s=problem.deadline_s)
         recorder = engine.recorder = _Keeping(hardware.costs, len(hardware.gpus))
@@ -385,7 +374,7 @@ class _Tuner:
                 yield arrival
 
         def heard(_: float) -> None:
-            self._watch.look((self._done + len(times)) / self.planned, hurry=hurry)
+            self._watch.look(self._done + len(times), hurry=hurry)
 
         heard(0.0)
         metrics = engine.run(noted(), heard)
