@@ -327,3 +327,36 @@ def test_a_stream_that_is_cut_short_takes_its_call_with_it():
         assert not line.control.calls
 
     run(story)
+
+
+def test_a_connection_is_closed_when_nothing_was_begun_for_long():
+    async def story():
+        line = await Line().open()
+        line.connection.timeout_keep_alive = 0
+        ahead = post("/function/dog", b"woof")
+        line.send(post("/function/cat"), ahead[:9])
+        await line.answers()
+        await line.advance()
+        assert not line.wire.closed  # the next one has begun
+        line.send(ahead[9:])
+        assert [body for _, _, body in await line.answers(2)] == [b"x", b"woof"]
+        while not line.wire.closed:
+            await asyncio.sleep(0)
+
+    run(story)
+
+
+def test_each_answer_puts_the_end_of_an_idle_connection_off():
+    async def story():
+        line = await Line().open()
+        line.connection.timeout_keep_alive = 3600
+        for count in (1, 2):
+            line.send(post("/function/cat"))
+            await line.answers(count)
+        line.connection.timeout_keep_alive = 0  # sooner than what was set before
+        line.send(post("/function/cat"))
+        await line.answers(3)
+        while not line.wire.closed:
+            await asyncio.sleep(0)
+
+    run(story)

@@ -34,6 +34,13 @@ class CoalescingTransport:
             self._loop.call_soon(self._flush)
         self._held.append(data)
 
+    def write_at_once(self, data: bytes) -> None:
+        """``write`` what is a whole answer: there is nothing to wait for."""
+        if self._held:
+            self._held.append(data)
+        else:
+            self._transport.write(data)
+
     def close(self) -> None:
         self._flush()
         self._transport.close()
@@ -49,6 +56,8 @@ class CoalescingTransport:
 
 class CoalescingProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 over httptools, on a ``CoalescingTransport``."""
+
+    transport: Any  # a CoalescingTransport, which uvicorn takes for asyncio's own
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(CoalescingTransport(transport, self.loop))  # type: ignore[arg-type]

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
+from hotset.deadline import Deadline
 from hotset.gateway.app import PREFIX, Gateway, Headers, Scope, Send
 from hotset.gateway.calls import Chunks, PendingCall, Receive, Result
 from hotset.gateway.coalescing import CoalescingProtocol
 
 _PATH = PREFIX.encode()
-_CLOSE = b"connection: close\r\n"
 
 
 class Admits(Protocol):
@@ -41,6 +41,7 @@ class DirectProtocol(CoalescingProtocol):
         """The request that is read, or waits for its result."""
         self._pending: PendingCall | None = None
         """The latest call, to be taken back should its client leave."""
+        self._idle = Deadline(self._idle_for_long)
         self._default_headers: Headers | None = None
         self._default_lines = b""
 
@@ -85,11 +86,25 @@ class DirectProtocol(CoalescingProtocol):
             return
         self._pending = None
         cycle.response_started = cycle.response_complete = True
-        head = (STATUS_LINE[result.record.status], self._own_lines(), self._gateway.head(result))
-        self.transport.write(b"".join((*head, b"\r\n" if cycle.keep_alive else _CLOSE + b"\r\n", result.body)))
-        if not cycle.keep_alive:
+        keeps = b"" if cycle.keep_alive else b"connection: close\r\n"
+        head = (STATUS_LINE[result.record.status], self._own_lines(), self._gateway.head(result), keeps, b"\r\n")
+        if type(result.body) is bytes:
+            self.transport.write_at_once(b"".join((*head, result.body)))
+        else:  # shared memory: not to be copied
+            self.transport.write(b"".join(head))
+            self.transport.write(result.body)
+        if keeps:
             self.transport.close()
-        cycle.on_response()
+        if self.pipeline:
+            self.on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+            self._idle.set(self.timeout_keep_alive)
+
+    def _idle_for_long(self) -> None:
+        """Close a connection on which nothing was begun after a direct answer; after others, uvicorn's timer runs."""
+        if self.cycle.response_complete and self.cycle.scope is self.scope and self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_handler()
 
     async def _stream(self, result: Result, chunks: Chunks, scope: Scope, receive: Receive, send: Send) -> None:
         """What is left of a streamed answer, as an ASGI application."""
@@ -111,6 +126,7 @@ class DirectProtocol(CoalescingProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._idle.cancel()
         pending, self._pending = self._pending, None
         if pending is not None:
             self._gateway.cancel(pending)

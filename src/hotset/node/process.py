@@ -22,6 +22,7 @@ from typing import Protocol
 
 import msgspec
 
+from hotset.deadline import Deadline
 from hotset.node.frames import Failed, FrameError, Kind, Loaded, LoadOrder, Moved, control
 from hotset.node.interface import Answer, Call, LaunchSpec
 from hotset.node.logs import LogReader
@@ -75,46 +76,6 @@ class ProcessOwner(Protocol):
     def process_logged(self, process: ModelProcess, line: str) -> None: ...
 
     def process_ended(self, process: ModelProcess, ending: Ending) -> None: ...
-
-
-class Deadline:
-    """A timer that costs nothing to move later: it looks at the clock only when it fires."""
-
-    def __init__(self, expired: Callable[[], None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._expired = expired
-        self._due_s: float | None = None
-        self._handle: asyncio.TimerHandle | None = None
-
-    def set(self, seconds: float) -> None:
-        """Expire ``seconds`` from now, whatever was set before."""
-        self._due_s = due_s = self._loop.time() + seconds
-        if self._handle is None or self._handle.when() > due_s:
-            self.cancel()
-            self._due_s = due_s
-            self._handle = self._loop.call_at(due_s, self._fire)
-
-    def clear(self) -> None:
-        """Do not expire."""
-        self._due_s = None
-
-    def cancel(self) -> None:
-        """Do not expire, and leave nothing with the loop."""
-        self._due_s = None
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
-
-    def _fire(self) -> None:
-        self._handle = None
-        if self._due_s is None:
-            return
-        left_s = self._due_s - self._loop.time()
-        if left_s > 0:
-            self._handle = self._loop.call_later(left_s, self._fire)
-        else:
-            self._due_s = None
-            self._expired()
 
 
 class ModelProcess:
