@@ -30,10 +30,9 @@ from hotset.vocabulary import FailureKind
 if TYPE_CHECKING:
     from hotset.functions.process import ProcessRuntime
 
-_TINY_S = 100e-6
-"""After a call, or an item of a stream, this short the next one is expected to be as short: they leave together."""
-_HELD_S = 200e-6
-"""But none waits longer than this for the next one to begin."""
+_HELD_S = 60e-6
+"""Answers leave together, but none waits longer than this for the next call, or item of a stream, to begin: the node
+works on what it has while this process works on the rest."""
 _TOO_LARGE = b'{"error":"the answer has more than %d bytes: return less, or yield it in parts"}' % MAX_BODY_BYTES
 
 
@@ -61,8 +60,6 @@ class Worker:
         self._channel = channel
         self._runtime: Runtime | ProcessRuntime | None = None
         self._residency: Residency | None = None
-        self._latest_s = 0.0
-        """How long the latest call or item took."""
         self._flushed_s = 0.0
 
     def main(self) -> Exit:
@@ -186,7 +183,6 @@ class Worker:
             return
         outcome = self._runtime.call(call.body, call.content_type, call.accept)
         self._answer(call.request_id, outcome, begin_s, ends)
-        self._latest_s = perf_counter() - begin_s
 
     def _run_batch(self, calls: list[Call]) -> None:
         assert self._runtime is not None
@@ -213,13 +209,11 @@ class Worker:
     def _stream(self, request_id: int, outcome: Outcome, stream: Stream, begin_s: float) -> None:
         """Send the chunks; the final, empty answer is the caller's."""
         channel = self._channel
-        item_s = begin_s
         try:
             for item in stream:
                 spent_s = perf_counter() - begin_s
                 channel.answer(request_id, outcome.status, outcome.content_type, item, spent_s, final=False)
-                self._latest_s = begin_s + spent_s - item_s
-                item_s = self._flush_if_due()
+                self._flush_if_due()
                 channel.poll()
                 if request_id in channel.cancelled:
                     break
@@ -229,9 +223,9 @@ class Worker:
             _raise_device_error(stream.error)
 
     def _flush_if_due(self) -> float:
-        """Before work of unknown length: gathered answers leave, unless work is tiny and they are fresh. The time."""
+        """Before work of unknown length: gathered answers leave, unless they are fresh. The time."""
         now_s = perf_counter()
-        if self._latest_s > _TINY_S or now_s - self._flushed_s > _HELD_S:
+        if now_s - self._flushed_s > _HELD_S:
             self._channel.flush()
             self._flushed_s = now_s
         return now_s
