@@ -91,6 +91,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     profile: Profile = Profile()
     min_copies: int = 0
     """So many copies are kept HOT, calls or no calls (``scheduling/pins.py``); less where there is no room."""
+    max_copies: int | None = None
+    """Most GPUs that hold it at once; its requests wait for one of them. None: as many as it pays. Pins come first."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
-from faas_world import ON_GPU, Faas, serving
+from faas_world import ON_GPU, Faas, echo, serving, until
 
 from hotset.gateway.metrics import StatusMetrics
 from hotset.gateway.openfaas import scaling as module
 from hotset.gateway.openfaas.labels import SCALE, ScaleType, Scaling, read_scaling
+from hotset.node.fake import FakeFunction
 
 
 def labels(**values: str) -> dict[str, str]:
@@ -166,14 +169,64 @@ def test_what_labels_mean(given, meant):
     assert read_scaling({}, labels(**given)) == meant
 
 
-def test_the_floor_is_kept_in_gpu_memory_where_it_is_said(tmp_path):
+async def hot(faas: Faas, name: str) -> list[str]:
+    """The GPUs that hold it, once all loads are done."""
+    await until(lambda: all(gpu.work is None for gpu in faas.control.scheduler.cluster.gpus.values()))
+    return (await faas.status(name))["hotset"]["gpus"]
+
+
+def test_the_floor_is_hot_before_the_first_call_and_nobodys_victim(tmp_path):
     async def story(faas: Faas):
         await faas.deploy("kept", "cat", labels=labels(min="1"), **ON_GPU)
+        assert len(await hot(faas, "kept")) == 1
         for name in ("b", "c", "d"):
             await faas.deploy(name, "cat", **ON_GPU)
         for name in ("kept", "b", "c", "d"):
             await faas.http.post(f"/function/{name}", content=b"x")
-        hot = [name for name in ("kept", "b", "c", "d") if (await faas.status(name))["hotset"]["gpus"]]
-        assert hot == ["kept", "c", "d"]
+        assert [name for name in ("kept", "b", "c", "d") if await hot(faas, name)] == ["kept", "c", "d"]
+
+    serving(story, tmp_path)
+
+
+def test_the_ceiling_bounds_the_gpus_that_hold_a_copy(tmp_path):
+    async def story(faas: Faas):
+        faas.node.default = FakeFunction(load_s=0.0, inference_s=0.001, respond=echo)
+        await faas.deploy("few", "cat", labels=labels(max="2"), **ON_GPU)
+        await faas.deploy("many", "cat", **ON_GPU)
+        for name, most in (("few", 2), ("many", 4)):
+            calls = [faas.http.post(f"/function/{name}", content=b"x") for _ in range(40)]
+            assert {reply.status_code for reply in await asyncio.gather(*calls)} == {200}
+            assert len(await hot(faas, name)) == most
+        await faas.deploy("few", "cat", labels=labels(max="1"), **ON_GPU)
+        assert len(await hot(faas, "few")) == 1, "the same version: one of its copies leaves"
+
+    serving(story, tmp_path, gpus=4)
+
+
+def test_zero_takes_the_floor_out_of_gpu_memory_until_the_next_call(tmp_path):
+    async def story(faas: Faas):
+        await faas.deploy("kept", "cat", labels=labels(min="2"), **ON_GPU)
+        assert len(await hot(faas, "kept")) == 2
+        none = {"serviceName": "kept", "replicas": 0}
+        await faas.send("POST", "/system/scale-function/kept", none)
+        assert (await replicas(faas, "kept"), await hot(faas, "kept")) == (0, [])
+        await faas.http.post("/function/kept", content=b"x")
+        assert (await replicas(faas, "kept"), len(await hot(faas, "kept"))) == (2, 2)
+        await faas.send("POST", "/system/scale-function/kept", none)
+        await faas.send("POST", "/system/scale-function/kept", none | {"replicas": 1})
+        assert (await replicas(faas, "kept"), len(await hot(faas, "kept"))) == (1, 2)
+        await faas.send("POST", "/system/scale-function/kept", none)
+        await faas.deploy("kept", "cat", labels=labels(min="1"), **ON_GPU)
+        assert (await replicas(faas, "kept"), len(await hot(faas, "kept"))) == (1, 1)
+
+    serving(story, tmp_path, gpus=3)
+
+
+def test_a_number_that_was_asked_for_stays(tmp_path):
+    async def story(faas: Faas):
+        await faas.deploy()
+        await faas.send("POST", "/system/scale-function/env", {"serviceName": "env", "replicas": 3})
+        Time(faas).pass_(60)
+        assert await replicas(faas) == 3
 
     serving(story, tmp_path)

@@ -14,6 +14,7 @@ def check(scheduler: Scheduler, now_s: float) -> None:
     """Fail if anything the scheduler believes contradicts anything else."""
     check_memory(scheduler)
     check_pins(scheduler, now_s)
+    check_bounds(scheduler.cluster)
     check_gpus(scheduler.cluster)
     check_requests(scheduler)
     check_queue(scheduler)
@@ -71,13 +72,34 @@ def check_pins(scheduler: Scheduler, now_s: float) -> None:
             if name in memory.residents:
                 assert pinned_bytes >= memory.residents[name].memory_bytes
             elif not quarantine.remaining_s(name, now_s):
-                assert gpu.work is not None or memory.copying is not None, "a missing copy is loaded first"
+                waits = gpu.work is not None or memory.copying is not None
+                assert waits or has_all_copies(cluster, name), "a missing copy is loaded first"
     for name, model in cluster.models.items():
         wanted = model.min_copies if cluster.is_deployed(name) else 0
         assert scheduler.pins.placed(name) <= wanted
         if scheduler.pins.placed(name) < wanted:
             spare = [gpu for gpu in cluster.gpus.values() if name not in gpu.memory.pinned]
             assert all(gpu.memory.unpinned_bytes < model.memory_bytes for gpu in spare), "all that has room has a place"
+
+
+def check_bounds(cluster: Cluster) -> None:
+    """A model has no more copies than it may, but for one too many that is in use until its run ends."""
+    for name, model in cluster.models.items():
+        if model.max_copies is None or not cluster.is_deployed(name):
+            continue
+        holders = [gpu.memory for gpu in cluster.gpus.values() if name in gpu.memory.residents]
+        unpinned = [memory for memory in holders if name not in memory.pinned]
+        most = max(model.max_copies - model.min_copies, 0)
+        assert cluster.is_spread(name) == (len(unpinned) >= most)
+        if len(unpinned) > most:
+            assert all(memory.residents[name].in_use for memory in unpinned)
+        else:
+            assert len(holders) <= max(model.max_copies, model.min_copies)
+
+
+def has_all_copies(cluster: Cluster, name: str) -> bool:
+    model = cluster.models[name]
+    return model.max_copies is not None and cluster.cache.copies(name) >= max(model.max_copies, model.min_copies)
 
 
 def check_gpus(cluster: Cluster) -> None:

@@ -89,6 +89,7 @@ def model(
     max_batch_wait_s: float = 0.0,
     retry: bool = True,
     min_copies: int = 0,
+    max_copies: int | None = None,
 ) -> Model:
     return Model(
         name=name,
@@ -97,6 +98,7 @@ def model(
         max_batch_wait_s=max_batch_wait_s,
         retry=retry,
         min_copies=min_copies,
+        max_copies=max_copies,
         profile=Profile(load_s=load_s, inference_s=inference_s),
     )
 

@@ -250,6 +250,7 @@ class ClusterStory(RuleBasedStateMachine):
                         retry=retry,
                         inference_s=inference_s,
                         min_copies=data.draw(st.sampled_from((0, 0, 0, 1, 2))),
+                        max_copies=data.draw(st.sampled_from((None, None, 1, 2))),
                     )
                 )
             case "model is removed":

@@ -250,3 +250,13 @@ def test_a_cluster_with_host_memory_knows_what_copies_take():
     known = msgspec.structs.replace(COST, restore_s=3.0)
     (cost,) = msgspec.structs.replace(cluster, models=known).hardware(["a"], 0).costs.values()
     assert cost.restore_s == 3.0
+
+
+def test_copies_are_kept_and_bounded_as_the_cluster_says():
+    spec = ClusterSpec(gpus=3, gpu_memory_bytes=2, models=COST, min_copies=1, max_copies=2)
+    simulator = Engine(Scheduler(make_policy("lb"), make_eviction("lru")), spec.hardware("ab", 0))
+    metrics = play(simulator, *((10.0, "a") for _ in range(9)))
+    assert metrics.completed == 9
+    assert metrics.miss_ratio == pytest.approx(1 / 9), "one copy was there, one had to be loaded"
+    assert simulator.scheduler.cache.copies("a") == 2
+    assert simulator.scheduler.cache.copies("b") == 1, "never asked for"

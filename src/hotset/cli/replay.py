@@ -181,6 +181,8 @@ def hardware_of(
             batch_marginal=runs.marginal if runs else learned.batch_marginal,
             max_batch=learned.max_batch,
             max_batch_wait_s=learned.max_batch_wait_s,
+            min_copies=learned.min_copies,
+            max_copies=learned.max_copies,
             restore_s=restore_s,
             residue_bytes=learned.residue_bytes,
         )

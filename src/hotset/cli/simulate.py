@@ -144,6 +144,10 @@ def _working_set(text: str) -> int | None:
     type=click.FloatRange(min=0),
     help="What each further request adds to a run, as a share of the first; with --max-batch.",
 )
+@click.option("--min-copies", type=click.IntRange(min=0), default=0, help="Copies of each model that are kept hot.")
+@click.option(
+    "--max-copies", type=click.IntRange(min=1), help="Most GPUs that hold one model; default: as many as pay."
+)
 @click.option(
     "--deadline", metavar="TIME", help="Within which each request is to be answered; those that cannot are rejected."
 )
@@ -232,6 +236,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     max_batch: int | None
     batch_marginal: float | None
     max_batch_wait: str | None
+    min_copies: int
+    max_copies: int | None
     deadline: str | None
     host_memory: str | None
     copy_bandwidth: str | None
@@ -251,6 +257,8 @@ def experiment(options: Options) -> ExperimentSpec:
         raise ConfigurationError("--max-batch and --batch-marginal go together: give both or neither")
     if options.max_batch_wait is not None and options.max_batch is None:
         raise ConfigurationError("--max-batch-wait is for filling batches: give --max-batch too")
+    if options.max_copies is not None and options.min_copies > options.max_copies:
+        raise ConfigurationError("--min-copies is more than --max-copies: keep no more than there may be")
     if options.trace_path is None:
         workloads: list[Workload] = _synthetic(options, base)
     else:
@@ -266,6 +274,8 @@ def experiment(options: Options) -> ExperimentSpec:
         max_batch=options.max_batch or 1,
         batch_marginal=1.0 if options.batch_marginal is None else options.batch_marginal,
         max_batch_wait_s=parse_duration(options.max_batch_wait or 0.0, "--max-batch-wait"),
+        min_copies=options.min_copies,
+        max_copies=options.max_copies,
         host_memory_bytes=parse_bytes(options.host_memory, "--host-memory") if options.host_memory else 0,
         copy_bytes_per_s=_bandwidth(options.copy_bandwidth, "--copy-bandwidth") or base.cluster.copy_bytes_per_s,
         overlap=options.overlap,

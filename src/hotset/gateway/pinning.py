@@ -43,6 +43,15 @@ class Pinning:
         if copies != model.min_copies:
             self._handle(ModelAdded(wanted))
 
+    def as_deployed(self, function: str) -> None:
+        """Forget what was asked for: as many are kept as its deployment says, as far as there is room."""
+        version = self._functions.current.get(function)
+        if self._asked.pop(function, None) is None or version is None or version.spec.scheduled is None:
+            return
+        model, wanted = self._model(version), version.spec.scheduled.min_copies
+        if model is not None and model.min_copies != wanted:
+            self._handle(ModelAdded(msgspec.structs.replace(model, min_copies=wanted)))
+
     def copies(self, function: str) -> int:
         """How many are to be kept HOT."""
         version = self._functions.current.get(function)

@@ -141,6 +141,8 @@ class TracedModel(msgspec.Struct, frozen=True, kw_only=True):
     """Of a run of one call."""
     max_batch: int = 1
     max_batch_wait_s: float = 0.0
+    min_copies: int = 0
+    max_copies: int | None = None
     batch_marginal: float = 1.0
     """What each further call of a batch adds to a run, as a share of ``inference_s``."""
     restore_s: float | None = None
@@ -330,6 +332,8 @@ def _traced_model(cluster: Cluster, model: Model, kind: str) -> TracedModel:
         inference_s=one_s,
         max_batch=model.max_batch,
         max_batch_wait_s=model.max_batch_wait_s,
+        min_copies=model.min_copies,
+        max_copies=model.max_copies,
         batch_marginal=min(1.0, (two_s - one_s) / one_s) if one_s else 1.0,
         restore_s=profiles.restore_s(model.name, kind),
         offload_s=profiles.offload_s(model.name, kind),

@@ -14,7 +14,7 @@ from hotset.functions.http_envelope import PROCESS_ENTRY
 from hotset.functions.units import parse_bytes, parse_duration
 from hotset.gateway.description import Description
 from hotset.gateway.functions import VersionSpec
-from hotset.gateway.openfaas.labels import go_duration_s, kept_copies, read_retrying, read_scaling
+from hotset.gateway.openfaas.labels import go_duration_s, read_copies, read_retrying, read_scaling
 from hotset.gateway.openfaas.resources import GpuRequest
 from hotset.gateway.openfaas.types import FunctionDeployment, Overrides
 from hotset.node.interface import LaunchSpec
@@ -150,6 +150,7 @@ def version_spec(
     the function's own variables.
     """
     options = record.options
+    copies = read_copies(record.labels, record.annotations)
     measured = [each.memory_bytes for each in known if each.memory_bytes is not None]
     may_take_bytes = options.gpu_memory_bytes or undeclared_bytes
     on_gpu = options.kind is FunctionKind.GPU
@@ -173,7 +174,8 @@ def version_spec(
             max_batch=options.max_batch,
             max_batch_wait_s=options.max_batch_wait_s,
             retry=options.retry,
-            min_copies=kept_copies(record.labels, record.annotations),
+            min_copies=copies.minimum,
+            max_copies=copies.maximum,
             profile=Profile(
                 load_s=next((each.load_s for each in known if each.load_s is not None), None),
                 restore_s=next((each.restore_s for each in known if each.restore_s is not None), None),

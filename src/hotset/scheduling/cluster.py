@@ -111,8 +111,41 @@ class Cluster:
         return not any(self.fits(gpu, model) for gpu in self.gpus.values())
 
     def fits(self, gpu: GpuState, model: str) -> bool:
-        """Whether the GPU could hold the model, were nothing there but its pins."""
-        return gpu.memory.can_hold(model, self.models[model].memory_bytes)
+        """Whether the GPU could hold the model, were nothing there but its pins, and the model may have a copy more."""
+        memory = gpu.memory
+        if not memory.can_hold(model, self.models[model].memory_bytes):
+            return False
+        return model in memory.residents or model in memory.pinned or not self.is_spread(model)
+
+    def is_spread(self, model: str) -> bool:
+        """Whether as many GPUs hold the model as may, but for those that are to keep it: ``Model.max_copies``.
+
+        Linear in its copies, where they are bounded.
+        """
+        known = self.models[model]
+        return known.max_copies is not None and len(self._unpinned_holders(model)) >= self._most_unpinned(known)
+
+    def surplus(self, model: str) -> list[GpuState]:
+        """GPUs that hold a copy which nobody uses now and nobody may: of a model that was removed, or one too many.
+
+        Of those, the copies used longest ago.
+        """
+        removed, known = model in self.removed, self.models[model]
+        if not removed and known.max_copies is None:
+            return []
+        unpinned = self._unpinned_holders(model)
+        many = len(unpinned) - (0 if removed else self._most_unpinned(known))
+        spare = [gpu for gpu in unpinned if many > 0 and not gpu.memory.residents[model].in_use]
+        return sorted(spare, key=lambda gpu: gpu.memory.residents[model].last_used_s)[:many]
+
+    def _unpinned_holders(self, model: str) -> list[GpuState]:
+        holders = map(self.gpus.__getitem__, self.cache.holders(model))
+        return [gpu for gpu in holders if model not in gpu.memory.pinned]
+
+    def _most_unpinned(self, model: Model) -> int:
+        """What the pins leave of ``max_copies``, loaded yet or not."""
+        assert model.max_copies is not None
+        return max(0, model.max_copies - model.min_copies)
 
     # What policies ask
 
@@ -122,6 +155,8 @@ class Cluster:
             return next(iter(self.idle), None)
         if self.overlap or self.cache.parked_on(model):
             return self._first_idle_of_tiers(model)
+        if self.models[model].max_copies is not None:
+            return next((gpu for gpu in self.idle if self.fits(gpu, model)), None)
         need_bytes = self.models[model].memory_bytes
         for gpu in self.idle:
             if gpu.memory.can_hold(model, need_bytes):

@@ -71,6 +71,10 @@ class Pins:
         cluster.measure_room()
         self.unsettled = bool(self._pinned)
 
+    def models(self) -> list[str]:
+        """Those that copies are kept of."""
+        return list(self._pinned)
+
     def next_load(self, now_s: float) -> PinnedLoad | None:
         """The next load that a missing copy asks for and its GPU can begin; called again after each was started."""
         cluster, self.unsettled, self.wakeup_s = self._cluster, False, None
@@ -80,6 +84,10 @@ class Pins:
                 if model in memory.residents:
                     continue
                 self.unsettled = True
+                known = cluster.models[model]
+                most = known.max_copies
+                if most is not None and cluster.cache.copies(model) >= max(most, known.min_copies):
+                    continue  # a copy elsewhere, which is in use, has to leave first
                 pause_s = self._quarantine.remaining_s(model, now_s)
                 if pause_s:
                     again_s = now_s + pause_s

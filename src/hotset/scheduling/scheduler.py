@@ -186,6 +186,8 @@ class Scheduler:
 
     def _load_pinned(self, now_s: float) -> None:
         """Before anybody's request: a GPU that is never without work would never get to it."""
+        for model in self.pins.models():
+            self._shed(model)  # a pin that moved left a copy behind
         while (pin := self.pins.next_load(now_s)) is not None:
             if self.cluster.overlap:
                 self._copy(pin.gpu, pin.model, pin.room, None, now_s)
@@ -277,10 +279,9 @@ class Scheduler:
                 self.journal.decided(entry.request.request_id, model, entry.request.arrival_s, joined)
 
     def _release(self, gpu: GpuState, model: str, now_s: float) -> None:
-        """The GPU is done with a model, which stays there unless it was removed meanwhile."""
+        """The GPU is done with a model, which stays there unless it was removed, or has too many copies, meanwhile."""
         self.cache.release(gpu.memory, model)
-        if model in self.cluster.removed:
-            self._unload(gpu, model)
+        self._shed(model)
         self._freed(gpu, now_s)
 
     def _freed(self, gpu: GpuState, now_s: float) -> None:
@@ -298,7 +299,8 @@ class Scheduler:
             waiting.sort(key=lambda entry: entry.model not in gpu.memory.residents)  # stable
         for entry in waiting:
             if entry.model not in gpu.memory.residents and not cluster.fits(gpu, entry.model):
-                # Its model died here and has proved larger than this GPU, or has lost its room to pins.
+                # Its model died here and has proved larger than this GPU, has lost its room to pins, or has all the
+                # copies it may have by now.
                 cluster.remove_local(gpu, entry)
                 cluster.queue.give_back([entry])
             elif cluster.can_start(gpu, entry.model):
@@ -330,8 +332,7 @@ class Scheduler:
         if work is None:
             resident.in_use = False
             self.cluster.copy_ended(gpu, model)
-            if model in self.cluster.removed:
-                self._unload(gpu, model)
+            self._shed(model)
             if gpu.work is None:
                 self._serve_local_queue(gpu, now_s)
             return
@@ -428,6 +429,7 @@ class Scheduler:
         self.profiles.add(event.model)
         self.cluster.removed.discard(event.model.name)
         self.pins.want(event.model.name, event.model.min_copies)
+        self._shed(event.model.name)
         self._requests.reject_too_large(now_s)
 
     def _model_removed(self, event: ModelRemoved, now_s: float) -> None:
@@ -437,10 +439,7 @@ class Scheduler:
         self.cluster.removed.add(name)
         self.pins.want(name, 0)
         self._requests.reject_removed(name, now_s)
-        for gpu_id in list(self.cache.holders(name)):
-            gpu = self.cluster.gpus[gpu_id]
-            if not gpu.memory.residents[name].in_use:
-                self._unload(gpu, name)
+        self._shed(name)
         for gpu_id in list(self.cache.parked_on(name)):
             self._transitions.forget(self.cluster.gpus[gpu_id], name)
         self._forget_if_gone(name)
@@ -469,8 +468,10 @@ class Scheduler:
 
     # Ends
 
-    def _unload(self, gpu: GpuState, model: str) -> None:
-        self._transitions.unload(gpu, model)
+    def _shed(self, model: str) -> None:
+        """Copies that are no longer wanted leave, unless they are in use: then they do once they are not."""
+        for gpu in self.cluster.surplus(model):
+            self._transitions.unload(gpu, model)
         self._forget_if_gone(model)
 
     def _forget_if_gone(self, name: str) -> None:

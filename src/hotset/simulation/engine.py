@@ -92,7 +92,7 @@ class Engine:
         for model in hardware.models():
             scheduler.handle(ModelAdded(model), 0.0)
         for gpu in hardware.gpus:
-            scheduler.handle(GpuJoined(gpu), 0.0)
+            self._carry_out(scheduler.handle(GpuJoined(gpu), 0.0))
         for fault in _checked(faults, self.gpus):
             self._schedule(fault.time_s, GpuLost(fault.gpu_id, "fault"))
             if fault.back_s is not None:
@@ -183,7 +183,7 @@ class Engine:
                 self._schedule(end_s, RunFinished(action.gpu_id, action.model, inference_s))
             elif type(action) is Load:
                 load_s = self.costs[action.model].load_s
-                recorder.misses += 1
+                recorder.misses += action.request_id is not None  # else a copy that is kept without being asked for
                 recorder.false_misses += action.false_miss
                 recorder.tallies[action.model].change_copies(1, now_s)
                 self._copy(action.gpu_id, load_s, ModelLoaded(action.gpu_id, action.model, load_s))

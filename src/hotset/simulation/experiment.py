@@ -66,6 +66,10 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What each further request of a batch adds to a run, as a share of the first."""
     max_batch_wait_s: float = 0.0
     """How long requests may be held back to fill a batch."""
+    min_copies: int = 0
+    """Of every model, kept in GPU memory whether they are asked for or not."""
+    max_copies: int | None = None
+    """Most GPUs that hold one model at once; None: as many as it pays."""
     host_memory_bytes: int = 0
     """Of the one node that all GPUs are on, for models that left a GPU; 0: they are unloaded."""
     copy_bytes_per_s: float = COPY_BYTES_PER_S
@@ -90,6 +94,9 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
         if self.max_batch > 1:
             batch = (self.max_batch, self.batch_marginal, self.max_batch_wait_s)
             costs = {name: batching(cost, *batch) for name, cost in costs.items()}
+        if self.min_copies or self.max_copies is not None:
+            bounds = {"min_copies": self.min_copies, "max_copies": self.max_copies}
+            costs = {name: msgspec.structs.replace(cost, **bounds) for name, cost in costs.items()}
         smallest_bytes = min((cost.memory_bytes for cost in costs.values()), default=0)
         if smallest_bytes > self.gpu_memory_bytes:
             raise ConfigurationError(

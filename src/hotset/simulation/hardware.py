@@ -30,6 +30,10 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     """Most requests that one run may join."""
     max_batch_wait_s: float = 0.0
     """How long requests may be held back to fill a batch."""
+    min_copies: int = 0
+    """So many are kept in GPU memory, requests or not."""
+    max_copies: int | None = None
+    """Most GPUs that hold it at once; None: as many as it pays."""
     restore_s: float | None = None
     """From host memory; None: ``copied`` has not been asked, and it takes as long as a load."""
     offload_s: float = 0.0
@@ -89,6 +93,8 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
                 memory_bytes=cost.memory_bytes,
                 max_batch=cost.max_batch,
                 max_batch_wait_s=cost.max_batch_wait_s,
+                min_copies=cost.min_copies,
+                max_copies=cost.max_copies,
                 profile=Profile(load_s=cost.load_s, inference_s=cost.inference_s, restore_s=cost.restore_s),
             )
             for name, cost in self.costs.items()

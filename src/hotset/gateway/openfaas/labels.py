@@ -103,10 +103,20 @@ def read_scaling(labels: Mapping[str, str], annotations: Mapping[str, str]) -> S
     return scaling
 
 
-def kept_copies(labels: Mapping[str, str], annotations: Mapping[str, str]) -> int:
-    """How many copies eviction shall pass over: ``scale.min`` where it is said; the default of 1 keeps none."""
-    said = labels.get(f"{SCALE}min") or annotations.get(f"{SCALE}min") or "0"
-    return int(said) if said.isdecimal() else 0
+class Copies(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scaling labels say of copies in GPU memory; the defaults of replicas say nothing of these."""
+
+    minimum: int = 0
+    """Kept hot."""
+    maximum: int | None = None
+    """Most GPUs that hold one."""
+
+
+def read_copies(labels: Mapping[str, str], annotations: Mapping[str, str]) -> Copies:
+    """``scale.min`` and ``scale.max`` where they are said, and sound: deployment has refused what is not."""
+    said = {name: labels.get(f"{SCALE}{name}", annotations.get(f"{SCALE}{name}", "")) for name in ("min", "max")}
+    minimum, maximum = (int(each) if each.isdecimal() else None for each in said.values())
+    return Copies(minimum=minimum or 0, maximum=maximum or None)
 
 
 def read_retrying(labels: Mapping[str, str], annotations: Mapping[str, str]) -> Retrying:

@@ -1,9 +1,10 @@
 """How many replicas a function is wanted to have, and when it leaves memory because nobody calls it.
 
-Replicas are what OpenFaaS clients see and set. hotset's scheduler makes copies of a model where calls need them; here
-the number follows OpenFaaS's rules: ``scale.min`` to begin with, one step more for each alert or for load above the
-target, back to ``scale.min`` when it is over. A number of 0, asked for or reached by ``scale.zero-duration``, takes the
-model out of GPU memory; the next call brings it back.
+Replicas are what OpenFaaS clients see and set. hotset's scheduler makes copies of a model where calls need them,
+between ``scale.min`` and ``scale.max``; here the number follows OpenFaaS's rules: ``scale.min`` to begin with, one step
+more for each alert or for load above the target, back to ``scale.min`` when it is over. A number of 0, asked for or
+reached by ``scale.zero-duration``, takes the model out of GPU memory, copies that are kept too; the next call brings
+them back.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class _Function:
         self.recommended: deque[tuple[float, int]] = deque()
         self.total = 0
         self.used_s: float | None = None
+        self.raised = False
+        """Load asked for more, and has not gone since."""
 
 
 class Replicas:
@@ -65,6 +68,7 @@ class Replicas:
         function = self._function(record)
         if function.wanted == 0 and self._was_called(record.name, function):
             function.wanted = max(1, function.scaling.minimum)
+            self._control.pinning.as_deployed(record.name)
         return function.wanted
 
     def scaling(self, record: FunctionRecord) -> Scaling:
@@ -80,9 +84,11 @@ class Replicas:
                 f"{record.name} may have {function.scaling.maximum} replicas at most: raise its label "
                 f"com.openfaas.scale.max",
             )
-        function.wanted = replicas
+        was, function.wanted = function.wanted, replicas
         if replicas == 0:
             self._to_zero(record.name, function)
+        elif was == 0:
+            self._control.pinning.as_deployed(record.name)
 
     def alert(self, record: FunctionRecord, status: AlertStatus) -> None:
         """What AlertManager says: one step more, or back to the floor."""
@@ -110,6 +116,8 @@ class Replicas:
         mark = f"{record.version} {record.created_at_s}"
         if function is None or function.version != mark:
             scaling = _scaling_of(record)
+            if function is not None and function.wanted == 0:
+                self._control.pinning.as_deployed(record.name)
             self._functions[record.name] = function = _Function(mark, scaling)
             function.total = self._total(record.name)
         return function
@@ -139,8 +147,10 @@ class Replicas:
         if scaling.kind is None:
             if good_per_s > ALERT_RPS:
                 function.wanted = min(scaling.maximum, function.wanted + scaling.step)
-            else:
+                function.raised = True
+            elif function.raised:  # what somebody asked for stays
                 function.wanted = scaling.minimum
+                function.raised = False
             return
         load = good_per_s if scaling.kind is ScaleType.RPS else float(version.calls)
         replicas = math.ceil(load / (scaling.target * scaling.target_proportion))
@@ -163,7 +173,9 @@ class Replicas:
     def _to_zero(self, key: str, function: _Function) -> None:
         function.total = self._total(key)
         function.samples.clear()
-        self._control.evict(key)
+        if key in self._control.functions.current:
+            self._control.pinning.pin(key, 0)
+            self._control.evict(key)
 
 
 def _scaling_of(record: FunctionRecord) -> Scaling:

@@ -88,7 +88,7 @@ class Hotset:
         head = queue.head()
         if head is None or not cluster.idle:
             return None
-        if queue.skips_of_head >= self.most_skips or now_s - head.request.arrival_s >= self.longest_wait_s:
+        if self._is_due(cluster, head, now_s):
             return self._in_order(cluster, now_s)
         hit = self._hit(cluster, head, now_s)
         if hit is not None:
@@ -100,9 +100,19 @@ class Hotset:
                 return miss
         return self._copy(cluster, head, waiting, now_s) if waiting.held else None
 
+    def _is_due(self, cluster: Cluster, head: Entry, now_s: float) -> bool:
+        """Whether the oldest request may be passed over no more. One whose model has all its copies waits for these,
+        not for GPUs that others could take."""
+        if cluster.is_spread(head.model):
+            others = (line[0] for model, line in cluster.queue.models.items() if not cluster.is_spread(model))
+            oldest_s = min((entry.request.arrival_s for entry in others), default=now_s)
+            return now_s - oldest_s >= self.longest_wait_s
+        return cluster.queue.skips_of_head >= self.most_skips or now_s - head.request.arrival_s >= self.longest_wait_s
+
     def _in_order(self, cluster: Cluster, now_s: float) -> Placement | None:
         """The oldest request that fits on an idle GPU: where its model is, else where room is cheapest."""
-        for entry in cluster.queue.in_order():
+        for line in sorted(cluster.queue.models.values(), key=lambda line: line[0].seq):
+            entry = line[0]
             gpu = cluster.idle_holder(entry.model)
             if gpu is None:
                 load = self._cheapest_load(cluster, entry.model, now_s)
@@ -182,6 +192,8 @@ class Hotset:
             if holder is None:  # they are all idle
                 skips = line[0] is not head
                 return Placement(line[0], _most_spare_holder(cluster, model, now_s), Rule.HIT_ELSEWHERE, skips=skips)
+            if cluster.is_spread(model):
+                continue
             load_s = cluster.load_s(model, gpu)
             wait_s = _wait_for(cluster, holder, model, line[0], now_s)
             gain_s = prices.another_copy_s(gpu, model, now_s) - gpu_time_price * load_s
@@ -221,9 +233,10 @@ class Hotset:
 def _load_on(cluster: Cluster, gpu: GpuState, model: str, now_s: float) -> _Load | None:
     """What a load on that GPU would cost others; None: there is no way to make room."""
     memory, prices = gpu.memory, cluster.prices
-    if memory.copying is not None:
+    known = cluster.models[model]
+    if memory.copying is not None or (known.max_copies is not None and not cluster.fits(gpu, model)):
         return None
-    missing_bytes = cluster.models[model].memory_bytes - memory.free_bytes - memory.parked_bytes
+    missing_bytes = known.memory_bytes - memory.free_bytes - memory.parked_bytes
     price_s = cluster.cache.eviction.price_s(memory, missing_bytes, now_s) if missing_bytes > 0 else 0.0
     if price_s is None:
         return None

@@ -21,6 +21,7 @@ class Rule(Enum):
     WAIT_FOR_HOLDER = "waiting for the busy holder is shorter than a load"
     LOAD_IS_SHORTER = "a load is shorter than waiting for the busy holder"
     HOLDER_AWAITED = "the busy holder is left to an older request that fits nowhere else"
+    NO_MORE_COPIES = "as many GPUs hold the model as may; this one is done first"
     OUT_OF_ORDER_HIT = "the GPU holds the model of a younger request"
     CHEAPEST_ROOM = "no GPU holds the model; room costs least here"
     EXTRA_COPY = "its holders cannot drain its line as soon as another copy can help"

@@ -10,7 +10,8 @@ from hotset.scheduling.queue import Entry
 
 
 def place_in_order(cluster: Cluster, entry: Entry, now_s: float, awaited_bytes: float = math.inf) -> Placement | None:
-    """Step 2 of LALB for one request; None when it fits on no idle GPU.
+    """Step 2 of LALB for one request; None when it fits on no idle GPU. One whose model may have no further copy waits
+    for the holder that is done first.
 
     2a its model is on the GPU idle longest: run there; 2b it is nowhere: run there, a miss; 2c it is on another idle
     GPU: run on that one; 2d it is only on busy GPUs: wait for the one that is done first if that is shorter than a
@@ -26,12 +27,14 @@ def place_in_order(cluster: Cluster, entry: Entry, now_s: float, awaited_bytes: 
         if here is not None and model in here.memory.residents:
             return Placement(entry, here, Rule.HIT_HERE)
         return Placement(entry, holder, Rule.HIT_ELSEWHERE)
-    if here is None:
-        return None
     busy = cluster.earliest_holder(model)
     if busy is None:
-        return Placement(entry, here, Rule.NOWHERE)
+        return None if here is None else Placement(entry, here, Rule.NOWHERE)
     wait_s = max(busy.busy_until_s - now_s, 0.0) + busy.local_backlog_s
+    if here is None:
+        if cluster.is_spread(model) and busy.memory.unpinned_bytes < awaited_bytes:
+            return Placement(entry, busy, Rule.NO_MORE_COPIES, local=True, waited_s=wait_s)
+        return None
     if wait_s < cluster.load_s(model, here):
         if busy.memory.unpinned_bytes < awaited_bytes:
             return Placement(entry, busy, Rule.WAIT_FOR_HOLDER, local=True, waited_s=wait_s)
