@@ -197,7 +197,8 @@ def test_an_unload_that_raises_is_logged(
         raise RuntimeError("will not let go")
 
     desk.load("Echo")
-    desk.worker._load(desk.worker._channel.next_order())
+    order = desk.worker._channel.next_order()
+    assert desk.worker._import(order) is desk.worker._load(order) is None
     assert desk.worker._runtime is not None
     monkeypatch.setattr(desk.worker._runtime, "unload", unload)
     desk.worker._unload()

@@ -5,6 +5,7 @@ A frame is a 16-byte little-endian header and its payload::
     u32 length | u8 kind | u8 flags | u16 status | u64 id        then ``length`` bytes
 
     node -> process                                    id              payload
+      IMPORT   import this function; its LOAD follows  -               ImportOrder (MessagePack)
       LOAD     import, load and measure this model     -               LoadOrder (MessagePack)
       CALL     one request                             request id      u16 u16 sizes, content type, accept, body
       CANCEL   its client left                         request id      -
@@ -73,6 +74,7 @@ class Kind(IntEnum):
     OFFLOAD = 10
     RESTORE = 11
     MOVED = 12
+    IMPORT = 13
 
 
 class Flag(IntFlag):
@@ -99,6 +101,10 @@ class LoadOrder(msgspec.Struct, frozen=True, kw_only=True):
     """The function's environment variables."""
     copy_bandwidth: float | None = None
     """Bytes a second at which weights get to the device where that is modelled; None: as fast as they do."""
+
+
+class ImportOrder(LoadOrder, frozen=True, kw_only=True):
+    """The same, for a process whose GPU has no room yet: a ``LoadOrder`` follows when it has."""
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):

@@ -41,6 +41,8 @@ class LoadParts(msgspec.Struct, frozen=True, kw_only=True):
     """The function's module and all that it imports."""
     load_s: float
     """The function's ``load``, and measuring what it took."""
+    ahead: bool = False
+    """Its process was started, and the function imported, while another model left: the load did not wait for that."""
     first_run_s: float | None = None
     """The run after it, which often pays for what was put off; None: there was none yet."""
 

@@ -76,6 +76,8 @@ class Lane:
         self._turns: Turns[AnyOperation] = Turns()
         self._copying: ModelProcess | None = None
         """The process that the current load, unload, offload or restore waits for."""
+        self._ahead: ModelProcess | None = None
+        """The process of the next load, while that waits for its turn."""
         self._running: ModelProcess | None = None
         """The process that the current run waits for."""
         self._fresh: set[ModelProcess] = set()
@@ -123,6 +125,7 @@ class Lane:
                     self._begin_offload(operation)
                 case RestoreOperation():
                     self._begin_restore(operation)
+        self._prepare()
 
     def _begin_run(self, operation: RunOperation) -> None:
         process = self.processes.get(operation.model)
@@ -156,18 +159,32 @@ class Lane:
             reason = f"takes {format_bytes(known_bytes)}, but its GPU has {format_bytes(free_bytes)} free"
             self._loop.call_soon(self._load_refused, operation, FailureKind.OUT_OF_MEMORY, reason, known_bytes)
             return
+        process, self._ahead = self._ahead, None
+        if process is None or process.spec is not spec:
+            if process is not None:
+                process.end()
+            process = self._new_process(spec)
+        self.processes[spec.model] = self._copying = process
+        process.load(free_bytes)
+
+    def _prepare(self) -> None:
+        """While another model leaves, the process of the one that comes starts and imports: neither takes memory."""
+        following = self._turns.next_copy
+        if self._ahead is None and isinstance(following, LoadOperation) and not self._over:
+            self._ahead = self._new_process(following.spec)
+            self._ahead.prepare()
+
+    def _new_process(self, spec: LaunchSpec) -> ModelProcess:
         order = LoadOrder(
             model=spec.model,
             entry=spec.entry,
             code_path=spec.code_path,
             device=self.device.device_name,
-            limit_bytes=free_bytes,
             copy_bandwidth=self.device.copy_bandwidth,
         )
         process = ModelProcess(self, spec, order, self._source, {**spec.env, **self.device.environment()})
-        self.processes[spec.model] = self._copying = process
         self._alive.add(process)
-        process.start()
+        return process
 
     def _free_bytes(self) -> int:
         """Device memory for one more model: what is left of the budget, or of the device if others use it too."""
@@ -248,14 +265,15 @@ class Lane:
         if not memory_bytes and process.spec.entry == PROCESS_ENTRY:
             memory_bytes = process.spec.memory_bytes  # a command cannot be looked into: what it declared counts
         process.memory_bytes = memory_bytes
-        load_s = monotonic() - process.started_s
+        load_s = monotonic() - process.load_began_s
         self._fresh.add(process)
         self._history.measured(model, memory_bytes)
         self._history.took(model, Transition.LOAD, load_s)
         if process.report is not None:
             import_s, own_s = process.report.import_s, process.report.load_s
-            rest_s = max(0.0, load_s - import_s - own_s)
-            self._history.loaded(model, LoadParts(process_s=rest_s, import_s=import_s, load_s=own_s))
+            rest_s = max(0.0, load_s - own_s - (0.0 if process.ahead else import_s))
+            parts = LoadParts(process_s=rest_s, import_s=import_s, load_s=own_s, ahead=process.ahead)
+            self._history.loaded(model, parts)
         self._copied()
         self._listener.loaded(self.gpu_id, model, load_s, memory_bytes)
         self._advance()
@@ -303,6 +321,9 @@ class Lane:
         if self._over:
             return
         self.spawn_failed = not ending.started
+        if process is self._ahead:
+            self._ahead = None  # whatever is wrong will be seen, and reported, when it is its turn
+            return
         model = process.spec.model
         if self.processes.get(model) is process:
             del self.processes[model]

@@ -58,6 +58,11 @@ class Turns(Generic[Op]):
             return self.copying
         return None
 
+    @property
+    def next_copy(self) -> Op | None:
+        """The first copy that has not begun."""
+        return self._copies[0] if self._copies else None
+
     def done(self, operation: Op) -> None:
         """It is over, well or not; what is asked for from here on may take its place."""
         if operation.runs:

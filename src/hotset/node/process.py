@@ -93,7 +93,10 @@ class ModelProcess:
         """GPU memory as measured: after the load, an offload, a restore."""
         self.report: Loaded | None = None
         """What it said of its load."""
-        self.started_s = monotonic()
+        self.load_began_s = 0.0
+        """When it was told to load."""
+        self.ahead = False
+        """It imports, or has imported, its function before it is told to load."""
         self._owner = owner
         self._order = msgspec.structs.replace(order, env=dict(env))
         self._source = source
@@ -116,6 +119,25 @@ class ModelProcess:
 
     def start(self) -> None:
         """Spawn it and have it load; answered by ``process_loaded`` or ``process_ended``, never from inside."""
+        self.load_began_s = monotonic()
+        self._spawn(Kind.LOAD)
+
+    def prepare(self) -> None:
+        """Spawn it and have it import its function; ``load`` follows."""
+        self.ahead = True
+        self._spawn(Kind.IMPORT)
+
+    def load(self, limit_bytes: int) -> None:
+        """What ``start`` does, of a process that may have been prepared. ``limit_bytes``: what it may take."""
+        self._order = msgspec.structs.replace(self._order, limit_bytes=limit_bytes)
+        if self._transport is None:
+            self.start()
+            return
+        self.load_began_s = monotonic()
+        self._transport.send(control(Kind.LOAD, self._order))
+        self._deadline.set(self.spec.load_timeout_s)
+
+    def _spawn(self, order: Kind) -> None:
         self._oom_kills = _oom_kills()
         try:
             spawned = self._source.spawn(self.spec.python, self._env)
@@ -127,7 +149,7 @@ class ModelProcess:
         self.pid = spawned.process.pid
         self._log = LogReader(spawned.log_fd, lambda line: self._owner.process_logged(self, line))
         self._transport = ProcessTransport(self, spawned.arena_fd)
-        self._transport.send(control(Kind.LOAD, self._order))
+        self._transport.send(control(order, self._order))
         self._loop.add_reader(spawned.pidfd, self._exited)
         self._deadline.set(self.spec.load_timeout_s)
         self._connecting = self._loop.create_task(self._connect(spawned, self._transport))

@@ -31,6 +31,8 @@ MOST_LIVES = 3
 STATUS_WITHIN_S = 1.0
 """Longest wait for a dead child's status; the zygote reports it within a millisecond."""
 FORK_WITHIN_S = 0.5
+REFILL_AFTER_S = 0.05
+"""When a process that was taken from a pool is replaced; at once if the pool is empty and another is wanted."""
 _STARTUP_ONLY = ("LD_", "PYTHON", "GLIBC_", "MALLOC_")
 _FORKABLE = {
     **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
@@ -102,8 +104,8 @@ class _Zygote:
         if not self.pool:
             return None
         spawned = self.pool.popleft()
-        # The caller's load comes first: the next process is forked when the loop is back.
-        self._loop.call_soon(self._fill)
+        # The caller's load comes first: a fork beside it takes milliseconds of a core that it could use.
+        self._loop.call_later(REFILL_AFTER_S, self._fill)
         return spawned
 
     def retire(self) -> None:
@@ -236,6 +238,11 @@ class ZygoteSource:
         """Whether processes of this interpreter come from a zygote that has imported all it was told of."""
         zygote = self._zygotes.get(python)
         return zygote is not None and zygote.ready
+
+    def waiting(self, python: str) -> int:
+        """Processes of this interpreter that wait for an order."""
+        zygote = self._zygotes.get(python)
+        return 0 if zygote is None else len(zygote.pool)
 
     def zygote_pid(self, python: str) -> int:
         """Process id of the interpreter's zygote; ``KeyError``: it has none."""

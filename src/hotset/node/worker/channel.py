@@ -19,6 +19,7 @@ from hotset.node.frames import (
     SMALL_FRAME_BYTES,
     Failed,
     Flag,
+    ImportOrder,
     Kind,
     Loaded,
     LoadOrder,
@@ -146,8 +147,9 @@ class Channel:
             self._slots.freed(id)
         elif kind == Kind.CANCEL:
             self.cancelled.add(id)
-        elif kind == Kind.LOAD:
-            self._orders.append(msgspec.msgpack.decode(payload, type=LoadOrder))
+        elif kind in (Kind.LOAD, Kind.IMPORT):
+            order = LoadOrder if kind == Kind.LOAD else ImportOrder
+            self._orders.append(msgspec.msgpack.decode(payload, type=order))
         elif kind in (Kind.OFFLOAD, Kind.RESTORE):
             self._work.append(Kind(kind))
         elif kind == Kind.BYE:

@@ -17,7 +17,7 @@ from hotset.functions.http_envelope import PROCESS_ENTRY
 from hotset.functions.loading import load_entry
 from hotset.functions.runtime import Call as Argument
 from hotset.functions.runtime import Outcome, Runtime, Stream
-from hotset.node.frames import MAX_BODY_BYTES, Failed, Kind, Loaded, LoadOrder
+from hotset.node.frames import MAX_BODY_BYTES, Failed, ImportOrder, Kind, Loaded, LoadOrder
 from hotset.node.interface import Call
 from hotset.node.worker import environment
 from hotset.node.worker.channel import ByeError, Channel, ClosedError
@@ -58,7 +58,9 @@ class Worker:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._imported: Runtime | ProcessRuntime | None = None
         self._runtime: Runtime | ProcessRuntime | None = None
+        """Once it is loaded."""
         self._residency: Residency | None = None
         self._flushed_s = 0.0
 
@@ -66,7 +68,11 @@ class Worker:
         """Live and die. Every way out but a crash comes through here."""
         try:
             order = self._channel.next_order()
-            failed = self._load(order)
+            failed = self._import(order)
+            if failed is None and isinstance(order, ImportOrder):
+                order = self._channel.next_order()
+            if failed is None:
+                failed = self._load(order)
             if failed is not None:
                 self._channel.failed(failed)
                 return Exit.LOAD_FAILED
@@ -87,16 +93,26 @@ class Worker:
 
     # Load and unload
 
-    def _load(self, order: LoadOrder) -> Failed | None:
+    def _import(self, order: LoadOrder) -> Failed | None:
         if os.path.isdir(order.code_path):
             os.chdir(order.code_path)
         environment.apply(order.env)
         begin_s = perf_counter()
         try:
-            runtime = _runtime(order)
+            self._imported = _runtime(order)
+        except Exception as error:  # noqa: BLE001 - whatever a user's module raises is reported, with its traceback in the log
+            traceback.print_exc()
+            return load_failure(error)
+        self._import_s = perf_counter() - begin_s
+        return None
+
+    def _load(self, order: LoadOrder) -> Failed | None:
+        runtime = self._imported
+        assert runtime is not None
+        begin_s = perf_counter()
+        try:
             _limit_cuda(order)
             before_bytes = private_bytes()
-            imported_s = perf_counter()
             try:
                 with fast_load():
                     runtime.load()
@@ -122,15 +138,15 @@ class Worker:
                     reason=f"takes {_mib(memory_bytes)} once loaded, but its GPU had {_mib(order.limit_bytes)} free",
                     memory_bytes=memory_bytes,
                 )
-        pace(imported_s, memory_bytes, order.copy_bandwidth)
+        pace(begin_s, memory_bytes, order.copy_bandwidth)
         self._runtime = runtime
         self._residency = Residency(runtime.instance, order.device, memory_bytes, order.copy_bandwidth)
         self._channel.loaded(
             Loaded(
                 memory_bytes=memory_bytes,
                 frameworks=environment.imported_frameworks(),
-                import_s=imported_s - begin_s,
-                load_s=perf_counter() - imported_s,
+                import_s=self._import_s,
+                load_s=perf_counter() - begin_s,
             )
         )
         return None

@@ -6,6 +6,7 @@ The safetensors format is a u64 length, a JSON table of that many bytes (name ->
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -61,7 +62,10 @@ class MappedFile:
         self._begin = _LENGTH.size + length
         if length > min(MOST_HEADER_BYTES, size - _LENGTH.size):
             raise Unreadable("its header is longer than it")
-        # All of it, at once: the disk reads ahead of whoever touches the first page.
+        # In large pages, where the file system has them: what is read from the disk from here on takes a page fault for
+        # 2 MiB in place of 64 KiB, for this process and for all that map it later.
+        with contextlib.suppress(OSError):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self._map.madvise(mmap.MADV_WILLNEED)
         try:
             table = msgspec.json.decode(self._map[_LENGTH.size : self._begin], type=dict[str, msgspec.Raw])
