@@ -92,4 +92,4 @@ def _read(outcome: Outcome) -> Any:
         from PIL import Image
 
         return Image.open(io.BytesIO(outcome.body))
-    return outcome.body
+    return outcome.whole

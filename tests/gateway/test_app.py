@@ -9,6 +9,7 @@ import pytest
 from gateway_world import GPU, Client, Reply, World, run, version
 
 from hotset.gateway.app import Gateway
+from hotset.gateway.bodies import Bodies
 from hotset.gateway.readings import waiting
 from hotset.node.interface import Answer, Call
 from hotset.scheduling.config import SchedulerConfig
@@ -26,7 +27,7 @@ class Door(World):
 
     def __init__(self, **how) -> None:
         super().__init__(**how)
-        self.client = Client(Gateway(self.control, no_rest, max_body_bytes=LIMIT))
+        self.client = Client(Gateway(self.control, no_rest, Bodies(self.control, max_body_bytes=LIMIT)))
 
     async def post(self, path: str, body: bytes | list[bytes] = b"", method: str = "POST", **headers: str) -> Reply:
         task = asyncio.create_task(
@@ -134,7 +135,8 @@ def test_a_server_that_holds_enough_bodies_takes_no_more():
     async def story():
         door = Door()
         await door.start(version("cat"))
-        door.client.application = Gateway(door.control, no_rest, max_body_bytes=LIMIT, max_open_bytes=LIMIT)
+        bodies = Bodies(door.control, max_body_bytes=LIMIT, max_open_bytes=LIMIT)
+        door.client.application = Gateway(door.control, no_rest, bodies)
         door.control.submit("cat", b"x" * 600)
         for body in (b"x" * 401, [b"x" * 200, b"x" * 200, b"x"]):
             reply = await door.client.request("POST", "/function/cat", body)

@@ -140,6 +140,23 @@ async def test_bodies_of_every_size_go_there_and_back(size: int) -> None:
         assert ends.handler.answers[1].body == b"small"
 
 
+@pytest.mark.parametrize("size", [10, INLINE_BYTES - 4, 600_000, 3 * HALF])
+@story
+async def test_an_answer_in_parts_is_one_and_keeps_nothing_of_them(size: int) -> None:
+    """A function may write to what it returned as soon as it runs again, which is before the answer leaves."""
+    body = os.urandom(size)
+    async with connected() as ends:
+        ends.transport.send_run([call(1, b"")])
+        await runs(ends)
+        array = bytearray(body)
+        ends.channel.answer(1, 200, "", b"head", 0.0, rest=[memoryview(array), b"tail"], final=True)
+        array[:] = bytes(size)
+        await asyncio.to_thread(ends.channel.flush)
+        while not ends.handler.answers:
+            await ends.handler.next()
+        assert bytes(ends.handler.answers[0].body) == b"head" + body + b"tail"
+
+
 @story
 async def test_slots_run_out_and_come_back_when_what_was_in_them_is_gone() -> None:
     body = bytes(HALF // 2 + 1)  # the second finds no room, and goes through the socket

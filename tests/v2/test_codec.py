@@ -261,7 +261,7 @@ def test_pictures_are_files_in_one_element() -> None:
     message = {"inputs": [described], "parameters": {"binary_data_output": True}}
     outcome = ask(loaded(turn), message, element)
     size = int(outcome.content_type.partition("header=")[2])
-    assert outcome.body[size + 4 :].startswith(b"\x89PNG")
+    assert outcome.whole[size + 4 :].startswith(b"\x89PNG")
     broken = bytes(to_binary(bytes_tensor("picture", [b"no picture"])))
     described["parameters"] = {"binary_data_size": len(broken)}
     assert ask(loaded(turn), message, broken).status == 400
@@ -372,7 +372,7 @@ def test_plain_and_v2_requests_share_a_batch_and_a_bad_one_fails_alone() -> None
 
     good = orjson.dumps({"inputs": [given_input("numbers", "INT64", [3])]})
     calls = [Call(b"5"), Call(good, NAMED), Call(b"{}", NAMED), Call(b"", WARM)]
-    bodies = [(each.status, each.body) for each in loaded(Square).call_batch(calls)]
+    bodies = [(each.status, each.whole) for each in loaded(Square).call_batch(calls)]
     assert [status for status, _ in bodies] == [200, 200, 400, 200]
     assert bodies[0][1] == b"25"
     assert orjson.loads(bodies[1][1])["outputs"][0]["data"] == [9]

@@ -365,15 +365,13 @@ def test_the_least_of_a_deadline_and_the_timeout_parameter_counts(tmp_path: Path
 def test_the_front_opens_and_closes_with_its_server(tmp_path: Path) -> None:
     async def story() -> None:
         async with World(tmp_path, Scale) as world:
-            config = V2Config(grpc_port=0)
-            async with v2_front(world.control, world.deployments, world.application, config) as application:
+            parts = (world.control, world.deployments, world.application, world.bodies)
+            async with v2_front(*parts, V2Config(grpc_port=0)) as application:
                 assert application is not world.application
             taken = GrpcServer(world.service, "127.0.0.1", 0, max_body_bytes=BODY_LIMIT)
             await taken.start()
             with pytest.raises(ConfigurationError, match="--grpc-port"):
-                async with v2_front(
-                    world.control, world.deployments, world.application, V2Config(grpc_port=taken.port)
-                ):
+                async with v2_front(*parts, V2Config(grpc_port=taken.port)):
                     pass
             await taken.stop()
 

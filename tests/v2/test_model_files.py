@@ -127,10 +127,10 @@ def answer_of(outcome: Outcome) -> dict[str, np.ndarray]:
     assert outcome.status == 200, outcome.body
     at = header_bytes(outcome.content_type) or 0
     found = {}
-    for output in orjson.loads(outcome.body[:at])["outputs"]:
+    for output in orjson.loads(outcome.whole[:at])["outputs"]:
         size = output["parameters"]["binary_data_size"]
         dtype = {"FP32": "<f4", "INT64": "<i8"}[output["datatype"]]
-        found[output["name"]] = np.frombuffer(outcome.body[at : at + size], dtype).reshape(output["shape"])
+        found[output["name"]] = np.frombuffer(outcome.whole[at : at + size], dtype).reshape(output["shape"])
         at += size
     return found
 

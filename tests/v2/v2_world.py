@@ -22,6 +22,7 @@ from hotset.functions.runtime import Call as RuntimeCall
 from hotset.functions.runtime import Runtime
 from hotset.functions.v2_types import tensors_of
 from hotset.gateway.app import Gateway
+from hotset.gateway.bodies import Bodies
 from hotset.gateway.control import Control
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.v2.http import V2Http
@@ -104,7 +105,7 @@ class InProcessNode:
         for call, outcome in zip(calls, outcomes, strict=True):
             for chunk in outcome.stream or ():
                 self._answer(call, outcome.status, outcome.content_type, chunk, final=False)
-            self._answer(call, outcome.status, outcome.content_type, outcome.body)
+            self._answer(call, outcome.status, outcome.content_type, outcome.whole)
         self._listener.run_finished(gpu_id, model, 0.001)
 
     def _answer(self, call: Call, status: int, content_type: str, body: bytes, *, final: bool = True) -> None:
@@ -156,8 +157,9 @@ class World:
         for each in self.functions:
             self.deployments.serve(record_of(each), self.data)
         self.service = V2Service(self.control, self.deployments, self.repository)
-        front = V2Http(self.service, _nothing, max_body_bytes=self.limit_bytes, max_open_bytes=10 * self.limit_bytes)
-        self.application = Gateway(self.control, front, max_body_bytes=self.limit_bytes)
+        self.bodies = Bodies(self.control, max_body_bytes=self.limit_bytes, max_open_bytes=10 * self.limit_bytes)
+        self.front = V2Http(self.service, _nothing, self.bodies)
+        self.application = Gateway(self.control, self.front, self.bodies)
         self.transport = httpx.ASGITransport(self.application, raise_app_exceptions=True)
         self.http = httpx.AsyncClient(transport=self.transport, base_url="http://hotset", headers=PLAIN)
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -24,7 +24,9 @@ class Encoded(msgspec.Struct, frozen=True, gc=False):
     """An answer's body and what it is."""
 
     content_type: str
-    body: bytes
+    body: bytes | memoryview
+    rest: Sequence[bytes | memoryview] = ()
+    """What follows ``body``, as it lies in memory (bytes, one dimension): joined only where it is sent."""
 
 
 class StreamFormat(msgspec.Struct, frozen=True):
@@ -156,7 +158,8 @@ def _encode_array(result: Any, accept: str) -> Encoded:
     if chosen == NPY:
         return Encoded(NPY, to_npy(result))
     shape = ",".join(str(length) for length in result.shape)
-    body = result.astype(result.dtype.newbyteorder("<"), copy=False).tobytes()
+    plain = result.astype(result.dtype.newbyteorder("<"), order="C", copy=False)
+    body = plain.reshape(-1).view("u1").data if plain.size else b""
     return Encoded(f'{OCTET_STREAM}; dtype={result.dtype.name}; shape="{shape}"', body)
 
 

@@ -84,11 +84,18 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     status: int = 200
     """200; 400: the body does not fit (JSON, names the field); 500: the function raised (JSON)."""
     content_type: str = JSON
-    body: bytes = b""
+    body: bytes | memoryview = b""
+    rest: Sequence[bytes | memoryview] = ()
+    """What follows ``body``, not joined to it yet."""
     stream: Stream | None = None
     """The chunks of a streamed answer, in place of ``body``; read it to its end or ``close`` it."""
     error: Exception | None = None
     """What was raised, so that a worker can tell a device failure from a plain mistake."""
+
+    @property
+    def whole(self) -> bytes:
+        """``body`` and ``rest`` in one piece."""
+        return b"".join((self.body, *self.rest))
 
 
 class Runtime:
@@ -226,7 +233,7 @@ class Runtime:
 
 
 def _success(encoded: Any) -> Outcome:
-    return Outcome(content_type=encoded.content_type, body=encoded.body)
+    return Outcome(content_type=encoded.content_type, body=encoded.body, rest=encoded.rest)
 
 
 def _error_body(error: Exception) -> dict[str, Any]:

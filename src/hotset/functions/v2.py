@@ -79,9 +79,9 @@ class V2Writer:
             )
         except ValueError as error:
             raise FunctionError(f"predict's result cannot be sent: {error}") from None
-        if written.header_bytes == len(written.body):
-            return Encoded(JSON, written.body)
-        return Encoded(f"{V2}; header={written.header_bytes}", written.body)
+        if not written.raw:
+            return Encoded(JSON, written.header)
+        return Encoded(f"{V2}; header={len(written.header)}", written.header, written.raw)
 
     @property
     def stream(self) -> StreamFormat:
@@ -90,7 +90,7 @@ class V2Writer:
 
     def _item(self, result: Any) -> bytes:
         encoded = self.encode(result)
-        return frame(encoded.body, header_bytes(encoded.content_type))
+        return frame(b"".join((encoded.body, *encoded.rest)), header_bytes(encoded.content_type))
 
 
 class WarmWriter:

@@ -100,10 +100,10 @@ def read_request(header: Body, binary: memoryview) -> InferRequest:
 
 
 class Written(msgspec.Struct, frozen=True):
-    """A response's body, and how much of it is the JSON header (all of it: no binary data)."""
+    """A response: its JSON header, and the raw data of its binary outputs as it lies in memory."""
 
-    body: bytes
-    header_bytes: int
+    header: bytes
+    raw: Sequence[bytes | memoryview]
 
 
 def write_response(
@@ -140,7 +140,7 @@ def write_response(
         message["id"] = request.id
     message["outputs"] = outputs
     header = orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Written(b"".join((header, *raw)) if raw else header, len(header))
+    return Written(header, raw)
 
 
 Labels = Mapping[str, Sequence[str]]

@@ -15,8 +15,10 @@ from typing import Any
 
 from hotset.functions.codecs import V2
 from hotset.functions.http_envelope import REQUEST
+from hotset.gateway.bodies import Bodies, BodyError
 from hotset.gateway.calls import CallRecord, Chunks, Deliver, PendingCall, Receive, Result, StreamBroken
 from hotset.gateway.control import Control
+from hotset.gateway.fronts import Reply
 from hotset.gateway.functions import Version
 from hotset.gateway.openfaas.invocation import forwarded, is_process, is_response, opened, request_envelope
 from hotset.gateway.openfaas.naming import DEFAULT_NAMESPACE
@@ -29,9 +31,6 @@ Headers = list[tuple[bytes, bytes]]
 
 PREFIX = "/function/"
 _NAME_AT = len(PREFIX)
-_SHORT_LENGTH = 3
-"""A Content-Length of so many digits needs no look before the body is there."""
-_CLOSE = (b"connection", b"close")
 _INTERNAL = (b"x-openfaas-internal", b"hotset")
 """On errors that the platform made: its client's code is not to blame, nor the function's."""
 _INTERNAL_LINE = b"%b: %b\r\n" % _INTERNAL
@@ -48,36 +47,15 @@ _PLACE = b"x-hotset-gpu: %b\r\nx-hotset-cache: %b\r\n"
 _HIT, _WARM, _MISS = b"hit", b"warm", b"miss"
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _ALLOW = (b"allow", ", ".join(sorted(METHODS)).encode())
-DEFAULT_MAX_BODY_BYTES = 64 << 20
-DEFAULT_MAX_OPEN_BYTES = 2 << 30
-
-
-class BodyError(Exception):
-    """A request that is refused before it is a call; the message is one sentence for the caller."""
-
-    def __init__(self, status: int, message: str, *headers: tuple[bytes, bytes]) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = headers
 
 
 class Gateway:
     """ASGI application. ``rest`` serves what is not a call of a function."""
 
-    def __init__(
-        self,
-        control: Control,
-        rest: Application,
-        *,
-        max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
-        max_open_bytes: int = DEFAULT_MAX_OPEN_BYTES,
-    ) -> None:
-        """``max_body_bytes``: of one call. ``max_open_bytes``: of all calls that are being read, wait or run."""
+    def __init__(self, control: Control, rest: Application, bodies: Bodies | None = None) -> None:
         self._control = control
         self._rest = rest
-        self._max_body_bytes = max_body_bytes
-        self._max_open_bytes = max_open_bytes
-        self._reading_bytes = 0
+        self._bodies = bodies or Bodies(control)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(PREFIX):
@@ -107,23 +85,27 @@ class Gateway:
             self._control.cancel(pending)
             raise
 
-    def hand_in(self, scope: Scope, body: bytes, deliver: Deliver) -> PendingCall | None:
-        """Hand in a POST whose body is here; ``deliver`` gets its result, as ``Control.submit`` says.
+    # What a connection asks for itself (fronts.DirectFront)
 
-        None: it is refused, or goes to a function that speaks HTTP itself: ``__call__`` answers it.
-        """
+    def takes(self, path: str) -> bool:
+        """Whether a call of this path could be handed in: not where a function speaks HTTP itself."""
+        version = self._control.functions.current.get(path[_NAME_AT:])
+        return version is not None and not is_process(version)
+
+    def hand_in(self, scope: Scope, body: bytes | memoryview, deliver: Deliver) -> PendingCall | None:
+        """Hand in a POST whose body is here; None: it is refused, or not for this way: ``__call__`` answers it."""
         version = self._control.functions.current.get(scope["path"][_NAME_AT:])
         if version is None or is_process(version):
             return None
         try:
-            self._check_room(len(body))
+            self._bodies.check(len(body))
             return self._hand_in(version, dict(scope["headers"]), body, deliver=deliver)
         except BodyError:
             return None
 
-    def cancel(self, pending: PendingCall) -> None:
-        """Its client left."""
-        self._control.cancel(pending)
+    def reply(self, result: Result) -> Reply:
+        """A whole answer as it is sent."""
+        return Reply(result.record.status, self.head(result), result.body)
 
     async def _submit(self, scope: Scope, receive: Receive) -> PendingCall | None:
         """Read the request and hand it in; None: the client left before it was read."""
@@ -134,20 +116,9 @@ class Gateway:
         if function not in control.functions.current:
             function = self._function(function.partition("/")[0])
         headers = dict(scope["headers"])
-        length = headers.get(b"content-length")
-        if length is not None and (len(length) > _SHORT_LENGTH or not length.isdigit()):
-            self._check_room(_declared_length(length))
-        message = await receive()
-        if message["type"] == "http.disconnect":
+        body = await self._bodies.read(headers, receive)
+        if body is None:
             return None
-        body = message.get("body", b"")
-        if message.get("more_body", False):
-            rest = await self._read(body, receive)
-            if rest is None:
-                return None
-            body = rest
-        else:
-            self._check_room(len(body))
         version = control.functions.current.get(function)
         if version is None:
             raise _unknown(function)
@@ -160,7 +131,7 @@ class Gateway:
         self,
         version: Version,
         headers: Mapping[bytes, bytes],
-        body: bytes,
+        body: bytes | memoryview,
         *,
         receive: Receive | None = None,
         deliver: Deliver | None = None,
@@ -197,36 +168,6 @@ class Gateway:
         if namespace == DEFAULT_NAMESPACE and function in current:
             return function
         raise _unknown(name)
-
-    async def _read(self, begun: bytes, receive: Receive) -> bytes | None:
-        parts, size = [begun], len(begun)
-        self._reading_bytes += size
-        try:
-            while True:
-                self._check_room(size, counted=True)
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                part = message.get("body", b"")
-                parts.append(part)
-                size += len(part)
-                self._reading_bytes += len(part)
-                if not message.get("more_body", False):
-                    self._check_room(size, counted=True)
-                    return b"".join(parts)
-        finally:
-            self._reading_bytes -= size
-
-    def _check_room(self, size: int, *, counted: bool = False) -> None:
-        """Refuse a body that is too large, or one too many to hold; ``counted``: it is among those being read."""
-        if size > self._max_body_bytes:
-            limit = self._max_body_bytes
-            raise BodyError(413, f"the body is larger than {limit} bytes: send less, or raise max_body_bytes", _CLOSE)
-        held = self._reading_bytes + self._control.open_body_bytes
-        if held + (0 if counted else size) > self._max_open_bytes:
-            raise BodyError(
-                429, "the server holds too many bytes of other calls: try again later", _CLOSE, (b"retry-after", b"1")
-            )
 
     async def _pass_on(self, result: Result, send: Send) -> None:
         """Answer with the response that a process function gave."""
@@ -309,12 +250,6 @@ async def _respond(send: Send, error: BodyError) -> None:
 
 def _unknown(name: str) -> BodyError:
     return BodyError(404, f"there is no function {name!r}: deploy it, or list them with GET /system/functions")
-
-
-def _declared_length(value: bytes) -> int:
-    if not value.isdigit() or len(value) > 18:
-        raise BodyError(400, "Content-Length must be the number of bytes of the body")
-    return int(value)
 
 
 def _seconds(value: bytes) -> float:

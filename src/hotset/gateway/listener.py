@@ -9,16 +9,15 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import uvicorn
 
 from hotset.errors import ConfigurationError
-from hotset.gateway.app import Gateway
-from hotset.gateway.auth import Guard
+from hotset.gateway.app import Application
 from hotset.gateway.control import Control
 from hotset.gateway.direct import DirectProtocol
+from hotset.gateway.intake import READ_BYTES, Intake
 
 KEEP_ALIVE_S = 75
 """Longer than the clients' own pools keep a connection, so that it is they who close it, never in mid-request."""
@@ -54,11 +53,14 @@ class Listener(uvicorn.Server):
     503. The second ends that wait at once; a third kills, as if nobody had caught it.
     """
 
-    def __init__(self, gateway: Gateway, guard: Guard, control: Control, *, drain_s: float) -> None:
-        """``guard`` stands before ``gateway``."""
+    def __init__(
+        self, application: Application, control: Control, connect: Callable[..., DirectProtocol], *, drain_s: float
+    ) -> None:
+        """``connect`` makes a connection, of what uvicorn gives it; what it does not serve goes to ``application``."""
+        buffer = memoryview(bytearray(READ_BYTES))
         config = uvicorn.Config(
-            guard,
-            http=partial(DirectProtocol, gateway, guard.admits),  # type: ignore[arg-type] # any maker of protocols will do
+            application,
+            http=lambda **uvicorns: Intake(connect(**uvicorns), buffer),  # type: ignore[arg-type] # any maker of protocols will do
             ws="none",
             lifespan="off",
             access_log=False,

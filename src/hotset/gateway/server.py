@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -14,13 +15,17 @@ import psutil  # type: ignore[import-untyped]
 import uvloop
 
 from hotset.errors import StoreError
-from hotset.gateway.app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OPEN_BYTES, Gateway
+from hotset.gateway.app import PREFIX, Gateway
 from hotset.gateway.auth import ApiKeys, Guard
+from hotset.gateway.bodies import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OPEN_BYTES, Bodies
 from hotset.gateway.control import Control, ControlConfig
 from hotset.gateway.deployments import Deployments
+from hotset.gateway.direct import DirectProtocol
+from hotset.gateway.fronts import DirectFront
 from hotset.gateway.listener import Listener, bind
 from hotset.gateway.openfaas.service import AccessConfig, system_front
 from hotset.gateway.v2.front import V2Config, v2_front
+from hotset.gateway.v2.http import INFER_PREFIX
 from hotset.gateway.v2_operations import V2_OPERATIONS
 from hotset.node.cpu import CpuPool
 from hotset.node.interface import Node
@@ -124,6 +129,7 @@ async def run(
         )
     ]
     control = Control(scheduler, nodes, cpu=CpuPool(), config=ControlConfig(recorded_calls=config.recorded_calls))
+    bodies = Bodies(control, max_body_bytes=config.max_body_bytes, max_open_bytes=config.max_open_bytes)
     access = msgspec.structs.replace(config.access, max_body_bytes=config.max_body_bytes)
     with contextlib.closing(bind(config.host, config.port)) as listening:
         access.check_address(listening.getsockname()[0])
@@ -145,8 +151,6 @@ async def run(
             v2_config = V2Config(
                 host=config.host,
                 grpc_port=config.grpc_port,
-                max_body_bytes=config.max_body_bytes,
-                max_open_bytes=config.max_open_bytes,
                 model_repository=config.model_repository,
                 data=config.data,
             )
@@ -158,15 +162,16 @@ async def run(
                     control,
                     deployments,
                     front.application,
+                    bodies,
                     v2_config,
                     admits=Guard(front.application, access.credentials, keys).admits,
-                ) as rest,
+                ) as v2,
             ):
-                gateway = Gateway(
-                    control, rest, max_body_bytes=config.max_body_bytes, max_open_bytes=config.max_open_bytes
-                )
+                gateway = Gateway(control, v2, bodies)
                 guard = Guard(gateway, access.credentials, keys)
-                listener = Listener(gateway, guard, control, drain_s=config.drain_s)
+                fronts: dict[bytes, DirectFront] = {PREFIX.encode(): gateway, INFER_PREFIX.encode(): v2}
+                connect = partial(DirectProtocol, control, bodies, fronts, guard.admits)
+                listener = Listener(guard, control, connect, drain_s=config.drain_s)
                 listener.when_started(lambda: ready(f"http://{config.host}:{listening.getsockname()[1]}"))
                 gc.collect()
                 gc.freeze()  # what is here now stays: no collection need look at it again

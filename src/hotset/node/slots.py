@@ -38,6 +38,39 @@ def create_arena(half_bytes: int = HALF_BYTES) -> int:
     return fd
 
 
+class Units:
+    """Which units of a stretch of memory are free."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._all = self._free = (1 << (memory_bytes // UNIT_BYTES)) - 1
+        self._taken: dict[int, int] = {}
+
+    def take(self, size: int) -> int | None:
+        """The offset of as many adjacent units as ``size`` bytes take, the first there are; None: they are not free."""
+        units = -(-size // UNIT_BYTES)
+        starts = self._free
+        for _ in range(units - 1):
+            starts &= starts >> 1
+            if not starts:
+                return None
+        if not starts:
+            return None
+        first = (starts & -starts).bit_length() - 1
+        mask = ((1 << units) - 1) << first
+        self._free &= ~mask
+        self._taken[first * UNIT_BYTES] = mask
+        return first * UNIT_BYTES
+
+    def give_back(self, offset: int) -> None:
+        """Raises ``KeyError`` for what was not taken."""
+        self._free |= self._taken.pop(offset)
+
+    @property
+    def idle(self) -> bool:
+        """None is taken."""
+        return self._free == self._all
+
+
 class Slots:
     """One side's view of an arena: it puts bodies into its own half and reads the other one.
 
@@ -51,38 +84,29 @@ class Slots:
         self._own = self._half_bytes if second_half else 0
         self._other = self._half_bytes - self._own
         self._on_read = on_read
-        self._free = (1 << (self._half_bytes // UNIT_BYTES)) - 1
-        self._taken: dict[int, int] = {}
+        self._units = Units(self._half_bytes)
         self._lent: dict[int, weakref.ref[ctypes.Array[ctypes.c_char]]] = {}
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
 
-    def put(self, body: bytes | bytearray | memoryview) -> int | None:
-        """Copy ``body`` (bytes, one dimension) into a free slot; its offset, or None when no slot is free."""
-        size = len(body)
-        units = -(-size // UNIT_BYTES)
-        starts = self._free
-        for _ in range(units - 1):
-            starts &= starts >> 1
-            if not starts:
-                break
-        if not starts:
+    def put(self, *parts: bytes | bytearray | memoryview) -> int | None:
+        """Copy a body, in parts (bytes, one dimension), into a free slot; its offset, or None when none is free."""
+        taken = self._units.take(sum(map(len, parts)))
+        if taken is None:
             return None
-        first = (starts & -starts).bit_length() - 1
-        mask = ((1 << units) - 1) << first
-        offset = self._own + first * UNIT_BYTES
+        offset = at = self._own + taken
         view = self._mapped()
-        view[offset : offset + size] = body
-        self._free &= ~mask
-        self._taken[offset] = mask
+        for part in parts:
+            view[at : at + len(part)] = part
+            at += len(part)
         return offset
 
     def freed(self, offset: int) -> None:
         """The other side has read this slot of ours."""
-        mask = self._taken.pop(offset, None)
-        if mask is None:
-            raise FrameError("a slot was freed that was not in use")
-        self._free |= mask
+        try:
+            self._units.give_back(offset - self._own)
+        except KeyError:
+            raise FrameError("a slot was freed that was not in use") from None
 
     def read(self, offset: int, size: int) -> memoryview:
         """A read-only view of a slot the other side has put; raises ``FrameError`` for one outside its half."""
@@ -98,7 +122,7 @@ class Slots:
     @property
     def idle(self) -> bool:
         """Nothing of ours is in flight."""
-        return not self._taken
+        return self._units.idle
 
     def close(self) -> None:
         """Stop reporting, close the descriptor. Memory goes when the last view does."""

@@ -12,8 +12,9 @@ import httpx
 import msgspec
 
 from hotset.errors import ConfigurationError
-from hotset.gateway.app import DEFAULT_MAX_BODY_BYTES, Application
+from hotset.gateway.app import Application
 from hotset.gateway.auth import ApiKeys, Credentials
+from hotset.gateway.bodies import DEFAULT_MAX_BODY_BYTES
 from hotset.gateway.control import Control
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.openfaas.asynchronous import AsyncApi

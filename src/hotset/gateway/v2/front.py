@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 
 from hotset.errors import ConfigurationError
-from hotset.gateway.app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OPEN_BYTES, Application, Headers
+from hotset.gateway.app import Application, Headers
+from hotset.gateway.bodies import Bodies
 from hotset.gateway.control import Control
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.v2.http import V2Http
@@ -27,8 +28,6 @@ class V2Config(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     grpc_port: int | None = None
     """None: no gRPC; 0: any free port."""
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
-    max_open_bytes: int = DEFAULT_MAX_OPEN_BYTES
     model_repository: Path | None = None
     """A directory of models to serve."""
     data: Path | None = None
@@ -40,10 +39,11 @@ async def v2_front(
     control: Control,
     deployments: Deployments,
     rest: Application,
+    bodies: Bodies,
     config: V2Config,
     *,
     admits: Callable[[str, Headers], bool] | None = None,
-) -> AsyncIterator[Application]:
+) -> AsyncIterator[V2Http]:
     """An application that serves ``/v2`` and leaves the rest to ``rest``; while it is open, gRPC is served too.
 
     ``admits``: whether who shows these headers may make a request for this path; asked for gRPC, in front of which no
@@ -66,13 +66,13 @@ async def v2_front(
         except ModuleNotFoundError as error:
             raise ConfigurationError(f"gRPC needs {error.name}: pip install 'hotset[grpc]'") from None
         grpc_server = GrpcServer(
-            service, config.host, config.grpc_port, max_body_bytes=config.max_body_bytes, admits=admits
+            service, config.host, config.grpc_port, max_body_bytes=bodies.max_body_bytes, admits=admits
         )
     try:
         if grpc_server is not None:
             await grpc_server.start()
             log.info("gRPC at %s:%s", config.host, grpc_server.port)
-        yield V2Http(service, rest, max_body_bytes=config.max_body_bytes, max_open_bytes=config.max_open_bytes)
+        yield V2Http(service, rest, bodies)
     finally:
         if watching is not None:
             watching.cancel()

@@ -6,25 +6,38 @@ Inference requests are forwarded unread (inference.py); all else is small JSON, 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
 
-from hotset.gateway.app import Application, Scope, Send
-from hotset.gateway.calls import Receive
-from hotset.gateway.v2.bodies import BodyReader, asked_for, compress
-from hotset.gateway.v2.inference import Response
+from hotset.functions.v2 import header_bytes
+from hotset.gateway.app import Application, Scope, Send, as_headers
+from hotset.gateway.bodies import Bodies, BodyError
+from hotset.gateway.calls import CallRecord, Chunks, Deliver, PendingCall, Receive, Result
+from hotset.gateway.fronts import Reply
+from hotset.gateway.v2.compression import asked_for, compress, decompress
+from hotset.gateway.v2.inference import Response, no_streams
+from hotset.gateway.v2.models import error_text
 from hotset.gateway.v2.refusal import Refusal
 from hotset.gateway.v2.service import NO_CUDA_REGIONS, V2Service
 
 PREFIX = "/v2"
+INFER_PREFIX = "/v2/models/"
 MAX_JSON_BYTES = 1 << 20
 """Body of any request but an inference."""
 
 _JSON = b"application/json"
 _OCTETS = b"application/octet-stream"
 _LENGTH = b"inference-header-content-length"
+_REPORT = (
+    b"content-type: %b\r\n"
+    b"x-call-id: %b\r\n"
+    b"x-hotset-queue-seconds: %.6f\r\n"
+    b"x-hotset-load-seconds: %.6f\r\n"
+    b"x-hotset-inference-seconds: %.6f\r\n"
+)
+_PLACE = b"x-hotset-gpu: %b\r\nx-hotset-cache: %b\r\n"
 _encode = msgspec.json.Encoder().encode
 
 Methods = tuple[str, ...]
@@ -39,11 +52,10 @@ Handler = Callable[[list[str], bytes], Awaitable[Any]]
 class V2Http:
     """ASGI application for ``/v2``; ``rest`` serves every other path."""
 
-    def __init__(self, service: V2Service, rest: Application, *, max_body_bytes: int, max_open_bytes: int) -> None:
-        """``max_body_bytes``: of one request. ``max_open_bytes``: of all calls that are being read, wait or run."""
+    def __init__(self, service: V2Service, rest: Application, bodies: Bodies) -> None:
         self._service = service
         self._rest = rest
-        self._bodies = BodyReader(service.control, max_body_bytes=max_body_bytes, max_open_bytes=max_open_bytes)
+        self._bodies = bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
@@ -58,6 +70,8 @@ class V2Http:
                 await self._answer(parts, scope, receive, send)
         except Refusal as refusal:
             await _refuse(send, refusal)
+        except BodyError as error:
+            await _respond(send, error.status, _encode({"error": str(error)}), list(error.headers))
 
     # Inference
 
@@ -67,6 +81,7 @@ class V2Http:
         body = await self._bodies.read(headers, receive)
         if body is None:
             return
+        body = await decompress(body, _encoding(headers), self._bodies.max_body_bytes)
         json_bytes = _json_bytes(headers.get(_LENGTH), len(body))
         answer = await self._service.inference.infer(
             name,
@@ -78,20 +93,68 @@ class V2Http:
         )
         await self._send(answer, asked_for(headers.get(b"accept-encoding", b"").decode("latin-1")), send)
 
-    async def _send(self, answer: Response, encoding: str | None, send: Send) -> None:
-        record = answer.record
-        headers = [
-            (b"content-type", _JSON if answer.whole else _OCTETS),
-            (b"x-call-id", self._service.control.ids.public(record.request_id).encode()),
-            (b"x-hotset-queue-seconds", b"%.6f" % record.queue_s),
-            (b"x-hotset-load-seconds", b"%.6f" % record.load_s),
-            (b"x-hotset-inference-seconds", b"%.6f" % record.inference_s),
-        ]
+    # The same without an ASGI application (fronts.DirectFront)
+
+    def takes(self, path: str) -> bool:
+        """Whether an inference request for this path could be handed in."""
+        parts = path[4:].split("/")
+        try:
+            return parts[-1] == "infer" and self._service.models.is_ready(*_model(parts[1:-1]))
+        except Refusal:
+            return False
+
+    def hand_in(self, scope: Scope, body: bytes | memoryview, deliver: Deliver) -> PendingCall | None:
+        """Hand in an inference request whose body is here; None: it is refused, or not an everyday one."""
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        if _encoding(headers) or asked_for(headers.get(b"accept-encoding", b"").decode("latin-1")):
+            return None
+        try:
+            self._bodies.check(len(body))
+            name, version = _model(scope["path"][4:].split("/")[1:-1])
+            json_bytes = _json_bytes(headers.get(_LENGTH), len(body))
+            return self._service.inference.hand_in(
+                name,
+                version,
+                bytes(body[:json_bytes]),
+                memoryview(body)[json_bytes:],
+                timeout_s=_seconds(headers.get(b"x-hotset-timeout")),
+                deliver=deliver,
+            )
+        except (Refusal, BodyError):
+            return None
+
+    def reply(self, result: Result) -> Reply:
+        """A whole answer as it is sent."""
+        record, body = result.record, result.body
+        if record.status != 200:
+            body = _encode({"error": error_text(body)})
+            head = b"content-type: %b\r\ncontent-length: %d\r\n" % (_JSON, len(body))
+            if result.retry_after_s is not None:
+                head += b"retry-after: %d\r\n" % math.ceil(result.retry_after_s)
+            return Reply(record.status, head, body)
+        report = self._report(record, header_bytes(result.content_type))
+        return Reply(200, b"%bcontent-length: %d\r\n" % (report, len(body)), body)
+
+    async def stream(self, result: Result, chunks: Chunks, send: Send) -> None:
+        """What streams is not for HTTP."""
+        await _refuse(send, no_streams(result.record.function))
+
+    def _report(self, record: CallRecord, json_bytes: int | None) -> bytes:
+        """Header lines of a good answer, but for its length."""
+        lines = _REPORT % (
+            _JSON if json_bytes is None else _OCTETS,
+            self._service.control.ids.public_bytes(record.request_id),
+            record.queue_s,
+            record.load_s,
+            record.inference_s,
+        )
         if record.gpu_id:
-            headers.append((b"x-hotset-gpu", record.gpu_id.encode()))
-            headers.append((b"x-hotset-cache", b"hit" if record.hit else b"warm" if record.warm else b"miss"))
-        if not answer.whole:
-            headers.append((_LENGTH, b"%d" % len(answer.header)))
+            cache = b"hit" if record.hit else b"warm" if record.warm else b"miss"
+            lines += _PLACE % (record.gpu_id.encode(), cache)
+        return lines if json_bytes is None else b"%b%b: %d\r\n" % (lines, _LENGTH, json_bytes)
+
+    async def _send(self, answer: Response, encoding: str | None, send: Send) -> None:
+        headers = as_headers(self._report(answer.record, None if answer.whole else len(answer.header)))
         parts = [answer.header, answer.binary] if not answer.whole else [answer.header]
         if encoding is not None:
             parts = [await compress(b"".join(parts), encoding)]
@@ -111,10 +174,11 @@ class V2Http:
             raise Refusal(405, f"{scope['path'][:200]} takes {' or '.join(methods)}")
         body = b""
         if method == "POST":
-            read = await self._bodies.read(dict(scope["headers"]), receive, MAX_JSON_BYTES)
+            headers = dict(scope["headers"])
+            read = await self._bodies.read(headers, receive, MAX_JSON_BYTES)
             if read is None:
                 return
-            body = read
+            body = await decompress(read, _encoding(headers), MAX_JSON_BYTES)
         answer = await handler(variables, body)
         content = b"" if answer is None else _encode(answer)
         await _respond(send, 200, content)
@@ -237,6 +301,11 @@ def _json_bytes(declared: bytes | None, size: int) -> int:
     return int(declared)
 
 
+def _encoding(headers: Mapping[bytes, bytes]) -> str:
+    encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
+    return "" if encoding == "identity" else encoding
+
+
 def _seconds(value: bytes | None) -> float | None:
     if value is None:
         return None
@@ -270,8 +339,6 @@ async def _refuse(send: Send, refusal: Refusal) -> None:
     extra = []
     if refusal.retry_after_s is not None:
         extra.append((b"retry-after", b"%d" % math.ceil(refusal.retry_after_s)))
-    if refusal.close:
-        extra.append((b"connection", b"close"))
     await _respond(send, refusal.status, _encode({"error": str(refusal)}), extra)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from hotset.functions.v2 import MAX_HEADER_IN_ACCEPT_BYTES, header_bytes, unframe
-from hotset.gateway.calls import CallRecord, PendingCall, Receive, Result
+from hotset.gateway.calls import CallRecord, Deliver, PendingCall, Receive, Result
 from hotset.gateway.control import Control
 from hotset.gateway.v2.models import Models, Served, error_text
 from hotset.gateway.v2.refusal import Refusal
@@ -93,6 +93,27 @@ class Inference:
         finally:
             self.control.cancel(pending)
 
+    def hand_in(
+        self,
+        name: str,
+        version: str,
+        header: bytes,
+        binary: bytes | memoryview,
+        *,
+        timeout_s: float | None,
+        deliver: Deliver,
+    ) -> PendingCall | None:
+        """One request whose result ``deliver`` gets; raises ``Refusal``. None: its tensors are in shared memory."""
+        if _MARK in header:
+            return None
+        served = self.models.find(name, version)
+
+        def observed(result: Result) -> None:
+            self.statistics.observe(served.name, served.version, result.record)
+            deliver(result)
+
+        return self.submit(served, header, binary, timeout_s, deliver=observed)
+
     def submit(
         self,
         served: Served,
@@ -100,6 +121,7 @@ class Inference:
         binary: bytes | memoryview,
         timeout_s: float | None = None,
         receive: Receive | None = None,
+        deliver: Deliver | None = None,
     ) -> PendingCall:
         """Hand the request to the control loop in the form that functions/v2.py describes."""
         content_type, accept = served.content_type, "*/*"
@@ -109,7 +131,9 @@ class Inference:
                 content_type, accept, body = f"{content_type}; header=accept", header.decode("latin-1"), binary
             else:
                 content_type, body = f"{content_type}; header={len(header)}", b"".join((header, binary))
-        return self.control.submit(served.function, body, content_type, accept, timeout_s=timeout_s, receive=receive)
+        return self.control.submit(
+            served.function, body, content_type, accept, timeout_s=timeout_s, receive=receive, deliver=deliver
+        )
 
     async def _result(
         self,
@@ -127,9 +151,7 @@ class Inference:
             raise
         if result.chunks is not None:
             self.control.cancel(pending)
-            raise Refusal(
-                400, f"{served.name} streams its results: use gRPC's ModelStreamInfer, or POST /function/{served.name}"
-            )
+            raise no_streams(served.name)
         self.statistics.observe(served.name, served.version, result.record)
         return result
 
@@ -163,6 +185,10 @@ class Inference:
                     "shared_memory_byte_size": size,
                 }
         return Response(record=answer.record, header=msgspec.json.encode(message), binary=b"".join(rest))
+
+
+def no_streams(name: str) -> Refusal:
+    return Refusal(400, f"{name} streams its results: use gRPC's ModelStreamInfer, or POST /function/{name}")
 
 
 def response(record: CallRecord, body: bytes | bytearray | memoryview, json_bytes: int | None) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
+from collections.abc import Sequence
 
 import msgspec
 
@@ -170,19 +171,26 @@ class Channel:
         body: bytes | bytearray | memoryview,
         inference_s: float,
         *,
+        rest: Sequence[bytes | memoryview] = (),
         final: bool,
         ends: bool = False,
     ) -> None:
-        """Gather one answer, or one chunk of it (not ``final``). ``ends``: it was the only call of its run."""
+        """Gather one answer, or one chunk of it (not ``final``). ``rest`` (bytes, one dimension) follows ``body``; all
+        of it is copied once, into a slot where one is free. ``ends``: it was the only call of its run."""
         flags = (_LAST if final else 0) | (_ENDS if ends else 0)
         kind = answer_kind(content_type)
         if type(body) is not bytes:
             body = memoryview(body).cast("B")
         size = len(body)
-        if size > INLINE_BYTES and (offset := self._slots.put(body)) is not None:
+        if rest:
+            size += sum(map(len, rest))
+        if size > INLINE_BYTES and (offset := self._slots.put(body, *rest)) is not None:
             flags |= _SLOT
             body = SLOT_REFERENCE.pack(offset, size)
             size = SLOT_REFERENCE.size
+        elif rest or type(body) is not bytes:
+            # It may be a function's own memory, and that may run again before this leaves.
+            body = b"".join((body, *rest))
         length = ANSWER_PREFIX.size + len(kind) + size
         self._out.append(ANSWER_HEAD.pack(length, _ANSWER, flags, status, request_id, inference_s, len(kind)))
         self._out.append(kind)

@@ -213,14 +213,14 @@ class Worker:
     def _answer(self, request_id: int, outcome: Outcome, begin_s: float, ends: bool = False) -> None:
         if outcome.error is not None:
             _raise_device_error(outcome.error)
-        status, content_type, body = outcome.status, outcome.content_type, outcome.body
+        status, content_type, body, rest = outcome.status, outcome.content_type, outcome.body, outcome.rest
         if outcome.stream is not None:
             self._stream(request_id, outcome, outcome.stream, begin_s)
             body = b""
-        elif len(body) > MAX_BODY_BYTES:
-            status, content_type, body = 500, "application/json", _TOO_LARGE
+        elif len(body) + sum(map(len, rest)) > MAX_BODY_BYTES:
+            status, content_type, body, rest = 500, "application/json", _TOO_LARGE, ()
         spent_s = perf_counter() - begin_s
-        self._channel.answer(request_id, status, content_type, body, spent_s, final=True, ends=ends)
+        self._channel.answer(request_id, status, content_type, body, spent_s, rest=rest, final=True, ends=ends)
 
     def _stream(self, request_id: int, outcome: Outcome, stream: Stream, begin_s: float) -> None:
         """Send the chunks; the final, empty answer is the caller's."""

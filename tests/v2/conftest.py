@@ -1,0 +1,7 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Connections without a socket are the gateway tests'.
+sys.path.insert(0, str(Path(__file__).parents[1] / "gateway"))
