@@ -9,6 +9,7 @@ import pytest
 from gateway_world import GPU, MIB, Client, Reply, World, run, version
 
 from hotset.cli.functions import tier, transitions
+from hotset.cli.output import miss_ratio_text
 from hotset.cli.replay import hardware_of, measured, read_recording, simulated
 from hotset.cli.top import render_state
 from hotset.gateway import readings
@@ -275,7 +276,8 @@ def test_a_replay_of_what_was_recorded_finds_and_restores_the_same_models(residu
         )
 
         assert again.mean_latency_s == pytest.approx(happened.mean_latency_s, rel=0.01)
-        assert (again.miss_ratio, again.restores) == (happened.miss_ratio, 5.0)
+        assert (again.miss_ratio, again.restores) == (happened.miss_ratio, 5.0) == (0.8, happened.restores)
+        assert miss_ratio_text(again) == "80.0% (50.0% warm)"
         assert again.evictions == 0
 
     run(story)

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from hotset.cli.load import LoadClient
 from hotset.cli.options import gateway_option, json_option, print_rows
-from hotset.cli.output import write_json
+from hotset.cli.output import miss_ratio_text, write_json
 from hotset.cli.remote import Remote
 from hotset.errors import ConfigurationError
 from hotset.functions.units import parse_duration
@@ -106,7 +106,7 @@ async def drive(
     answered: Callable[[], object],
 ) -> Report:
     """Make every call when it is due and wait for all answers."""
-    recorder = Recorder(bodies, gpus)
+    recorder = Recorder(bodies, gpus, tiers=True)
     statuses: Counter[str] = Counter()
     late_s = 0.0
     started_s = time.perf_counter()
@@ -134,7 +134,9 @@ async def drive(
 
 def _record(recorder: Recorder, arrival: Arrival, headers: Mapping[bytes, bytes], now_s: float) -> None:
     inference_s = float(headers.get(b"x-hotset-inference-seconds", b"0"))
-    recorder.misses += headers.get(b"x-hotset-cache") == b"miss"
+    where = headers.get(b"x-hotset-cache")
+    recorder.misses += where in (b"miss", b"warm")
+    recorder.restores += where == b"warm"
     recorder.load_s += float(headers.get(b"x-hotset-load-seconds", b"0"))
     recorder.inference_s += inference_s
     recorder.run_s += inference_s
@@ -216,7 +218,7 @@ def _print(report: Report) -> None:
         ("mean latency", _ms(metrics.mean_latency_s)),
         ("p50 / p95 / p99", _ms(*percentiles)),
         ("queueing / load / inference", _ms(*parts)),
-        ("miss ratio", f"{metrics.miss_ratio:.1%}"),
+        ("miss ratio", miss_ratio_text(metrics)),
         ("GPU utilisation", f"{metrics.gpu_utilisation:.1%}"),
         ("fairness", f"slowest function {metrics.fairness:.2f} times the mean"),
         ("sent late by at most", _ms(report.late_s)),

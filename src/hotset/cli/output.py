@@ -11,6 +11,8 @@ from typing import Any
 import click
 import msgspec
 
+from hotset.simulation.metrics import RunMetrics
+
 STDOUT = "-"
 
 
@@ -80,6 +82,12 @@ def _draw(table: Table) -> None:
 def milliseconds(seconds: float) -> str:
     """A duration as a person reads it beside others."""
     return f"{seconds * 1e3:.1f} ms"
+
+
+def miss_ratio_text(metrics: RunMetrics) -> str:
+    """``36.0%``, and how much of that only had to come back from host memory, where models are parked."""
+    warm = f" ({metrics.restores / metrics.requests:.1%} warm)" if metrics.restores else ""
+    return f"{metrics.miss_ratio:.1%}{warm}"
 
 
 def function_of(model: str) -> str:

@@ -13,7 +13,7 @@ import click
 import msgspec
 
 from hotset.cli.options import gateway_option, json_option, print_rows
-from hotset.cli.output import write_json
+from hotset.cli.output import miss_ratio_text, write_json
 from hotset.cli.remote import Remote
 from hotset.errors import ConfigurationError, TraceError
 from hotset.functions.units import parse_bytes
@@ -267,11 +267,13 @@ def simulated(
 def measured(recording: Recording) -> RunMetrics:
     """The same figures as the simulator's, from what really happened."""
     start_s = recording.rows[0].arrival_s
-    recorder = Recorder(dict.fromkeys(recording.functions()), len(recording.header.gpus))
+    tiers = recording.header.host_memory_bytes > 0
+    recorder = Recorder(dict.fromkeys(recording.functions()), len(recording.header.gpus), tiers=tiers)
     for row in recording.rows:
         end_s = row.arrival_s + row.duration_s - start_s
         recorder.arrived += 1
         recorder.misses += not row.hit
+        recorder.restores += row.warm and not row.hit
         recorder.load_s += row.load_s
         recorder.inference_s += row.inference_s or 0.0
         recorder.finished(row.function, row.duration_s, max(end_s, recorder.last_end_s))
@@ -295,6 +297,7 @@ def _as_json(result: Replayed) -> dict[str, Any]:
         "eviction": result.eviction,
         "measured": result.measured,
         "requests": result.metrics.requests,
+        "restores": result.metrics.restores,
         **figures,
     }
 
@@ -302,7 +305,6 @@ def _as_json(result: Replayed) -> dict[str, Any]:
 def _row(result: Replayed) -> tuple[str, ...]:
     metrics = result.metrics
     values = [
-        f"{getattr(metrics, key):.1%}" if key == "miss_ratio" else f"{getattr(metrics, key) * 1e3:.1f} ms"
-        for key in FIGURES
+        miss_ratio_text(metrics) if key == "miss_ratio" else f"{getattr(metrics, key) * 1e3:.1f} ms" for key in FIGURES
     ]
     return (f"{result.policy} + {result.eviction}", "measured" if result.measured else "simulated", *values)
