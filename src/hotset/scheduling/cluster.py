@@ -7,6 +7,7 @@ decision looks at a few GPUs, not at all of them.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,11 +20,14 @@ from hotset.scheduling.queue import Entry, GlobalQueue
 from hotset.scheduling.rates import ArrivalRates
 from hotset.vocabulary import Gpu, Model
 
+if TYPE_CHECKING:
+    from hotset.scheduling.journal import Started
+
 
 class Work:
     """What a busy GPU is doing: one load and run, or one run."""
 
-    __slots__ = ("entries", "hit", "load_s", "loading", "model", "started_s")
+    __slots__ = ("entries", "hit", "load_s", "loading", "model", "note", "started_s")
 
     def __init__(self, model: str, entries: list[Entry], *, hit: bool, now_s: float, loading: bool = False) -> None:
         self.model = model
@@ -33,6 +37,8 @@ class Work:
         self.started_s = now_s
         self.load_s = 0.0
         """Measured time of the load that came first; 0 for a hit."""
+        self.note: Started | None = None
+        """What the journal keeps of the run."""
 
 
 class GpuState:

@@ -1,12 +1,12 @@
 """The journal: every decision with its alternatives and their estimated costs (``hotset explain``).
 
-A bounded ring of the newest requests. Alternatives are worked out only for decisions that cost something (misses and
-waits); a hit on an idle GPU has no cheaper one.
+Alternatives are worked out only for decisions that cost something (misses and waits); a hit on an idle GPU has no
+cheaper one.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterable
 
 import msgspec
@@ -14,7 +14,8 @@ import msgspec
 from hotset.scheduling.cache import Resident
 from hotset.scheduling.cluster import Cluster, GpuState
 from hotset.scheduling.policies.interface import Rule
-from hotset.vocabulary import RejectReason
+from hotset.scheduling.queue import Entry
+from hotset.vocabulary import RejectReason, Request
 
 MOST_ALTERNATIVES = 8
 
@@ -63,44 +64,98 @@ class Explanation(msgspec.Struct):
     note: str = ""
 
 
+class _Decided(msgspec.Struct, frozen=True, gc=False):
+    request: Request
+    decision: Decision
+
+
+class _Rejected(msgspec.Struct, frozen=True, gc=False):
+    request: Request
+    time_s: float
+    reason: RejectReason
+    note: str
+
+
+class Started(msgspec.Struct, gc=False):
+    """A run: what there is to say of its requests is worked out when somebody asks."""
+
+    entries: list[Entry]
+    gpu_id: str
+    rule: Rule | None
+    """Why the first of them is here, a hit on an idle GPU; None: its load was decided, and noted, before."""
+    time_s: float
+    inference_s: float
+    """As estimated, of the whole run."""
+    finished_s: float | None = None
+
+
 class Journal:
-    """The newest ``capacity`` requests; 0 keeps nothing and costs nothing."""
+    """The decisions on the newest requests, about ``capacity`` of them; 0 keeps nothing and costs nothing.
+
+    Notes are plain records, one for a whole run and its requests; reading one request's story goes through them all.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._explanations: OrderedDict[int, Explanation] = OrderedDict()
+        self._notes: deque[_Decided | Started | _Rejected] = deque()
+        self._kept = 0
+
+    def decided(self, request: Request, decision: Decision) -> None:
+        """A decision that is more than a hit on an idle GPU."""
+        self._keep(_Decided(request, decision), 1)
+
+    def started(
+        self, entries: list[Entry], gpu_id: str, rule: Rule | None, now_s: float, inference_s: float
+    ) -> Started:
+        """A run begins; the caller fills in when it ends."""
+        note = Started(entries, gpu_id, rule, now_s, inference_s)
+        self._keep(note, _weight(note))
+        return note
+
+    def rejected(self, request: Request, now_s: float, reason: RejectReason, message: str) -> None:
+        self._keep(_Rejected(request, now_s, reason, message), 1)
+
+    def _keep(self, note: _Decided | Started | _Rejected, weight: int) -> None:
+        self._notes.append(note)
+        self._kept += weight
+        while self._kept > self.capacity:
+            self._kept -= _weight(self._notes.popleft())
 
     def explain(self, request_id: int) -> Explanation | None:
         """What is known of a request; None if it was never decided on, or is too old."""
-        return self._explanations.get(request_id)
+        found: Explanation | None = None
+        for note in self._notes:
+            if isinstance(note, Started):
+                found = _story_of_run(note, request_id, found)
+            elif note.request.request_id == request_id:
+                if found is None:
+                    found = _opened(note.request)
+                if isinstance(note, _Decided):
+                    found.decisions.append(note.decision)
+                else:
+                    found.finished_s, found.rejected, found.note = note.time_s, note.reason, note.note
+        return found
 
-    def decided(self, request_id: int, model: str, arrival_s: float, decision: Decision) -> None:
-        explanation = self._explanations.get(request_id)
-        if explanation is None:
-            explanation = self._open(request_id, model, arrival_s)
-        explanation.decisions.append(decision)
 
-    def started(self, request_id: int, now_s: float) -> None:
-        explanation = self._explanations.get(request_id)
-        if explanation is not None:
-            explanation.started_s = now_s
+def _weight(note: _Decided | Started | _Rejected) -> int:
+    """Of how many requests this is the first note."""
+    return len(note.entries) - (note.rule is None) if isinstance(note, Started) else 1
 
-    def finished(self, request_id: int, now_s: float) -> None:
-        explanation = self._explanations.get(request_id)
-        if explanation is not None:
-            explanation.finished_s = now_s
 
-    def rejected(
-        self, request_id: int, model: str, arrival_s: float, now_s: float, reason: RejectReason, note: str
-    ) -> None:
-        explanation = self._explanations.get(request_id) or self._open(request_id, model, arrival_s)
-        explanation.finished_s, explanation.rejected, explanation.note = now_s, reason, note
+def _story_of_run(note: Started, request_id: int, found: Explanation | None) -> Explanation | None:
+    for place, entry in enumerate(note.entries):
+        if entry.request.request_id == request_id:
+            rule = Rule.JOINED if place else note.rule
+            if rule is not None:
+                found = found or _opened(entry.request)
+                found.decisions.append(Decision(note.time_s, note.gpu_id, rule, True, 0.0, 0.0, note.inference_s))
+            if found is not None:
+                found.started_s, found.finished_s = note.time_s, note.finished_s
+    return found
 
-    def _open(self, request_id: int, model: str, arrival_s: float) -> Explanation:
-        explanation = self._explanations[request_id] = Explanation(request_id, model, arrival_s, [])
-        if len(self._explanations) > self.capacity:
-            self._explanations.popitem(last=False)
-        return explanation
+
+def _opened(request: Request) -> Explanation:
+    return Explanation(request.request_id, request.model, request.arrival_s, [])
 
 
 def decision(
@@ -109,8 +164,7 @@ def decision(
     """A placement as it looks before it is carried out."""
     chosen = estimate(cluster, model, gpu, now_s)
     hit = not chosen.load_s
-    # A hit on an idle GPU has no cheaper alternative: do not pay for listing them on the hot path.
-    others = () if hit and not chosen.wait_s else alternatives(cluster, model, gpu, now_s)
+    others = alternatives(cluster, model, gpu, now_s)
     evicted = tuple([victim.model for victim in victims])
     return Decision(now_s, gpu.gpu_id, rule, hit, chosen.wait_s, chosen.load_s, chosen.inference_s, evicted, others)
 

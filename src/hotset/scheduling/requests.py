@@ -138,7 +138,7 @@ class OpenRequests:
         request, reason, message = entry.request, refusal.reason, refusal.message
         self.entries.pop(request.request_id, None)
         if self._journal.capacity:
-            self._journal.rejected(request.request_id, request.model, request.arrival_s, now_s, reason, message)
+            self._journal.rejected(request, now_s, reason, message)
         self._outbox.actions.append(Reject(request.request_id, reason, message, refusal.retry_after_s))
 
     def reject_too_large(self, now_s: float) -> None:

@@ -30,7 +30,7 @@ from hotset.scheduling.events import (
     RunFinished,
     TimeAdvanced,
 )
-from hotset.scheduling.journal import Decision, Journal, decision
+from hotset.scheduling.journal import Journal, decision
 from hotset.scheduling.parking import ParkedSize, Room
 from hotset.scheduling.pins import Pins
 from hotset.scheduling.policies.interface import Policy, Rule
@@ -219,9 +219,7 @@ class Scheduler:
         cluster, memory, model = self.cluster, gpu.memory, entry.model
         entry.gpu_id = gpu.gpu_id
         if model in memory.residents and memory.copying != model:
-            if self._journalling:
-                self._note(entry, gpu, rule, None, now_s)
-            self._run(gpu, Work(model, [entry], hit=entry.loaded_on != gpu.gpu_id, now_s=now_s), now_s)
+            self._run(gpu, Work(model, [entry], hit=entry.loaded_on != gpu.gpu_id, now_s=now_s), rule, now_s)
             return
         room = self._transitions.room(gpu, model, now_s)
         if room is None and memory.copying is None:  # else it waits there for its own load, or for another's to end
@@ -245,18 +243,20 @@ class Scheduler:
         expected_s = self._transitions.bring(gpu, model, room, request_id, now_s)
         self.cluster.copy_started(gpu, model, now_s + expected_s)
 
-    def _run(self, gpu: GpuState, work: Work, now_s: float) -> None:
-        """The model is HOT: start the run, joined by whoever waits for the same model and may join."""
+    def _run(self, gpu: GpuState, work: Work, rule: Rule | None, now_s: float) -> None:
+        """The model is HOT: start the run, joined by whoever waits for the same model and may join. ``rule``: why its
+        first request runs here; None: that was noted when its load was decided."""
         model, entries = work.model, work.entries
-        self._join(gpu, model, entries, now_s)
+        if self._gathers or model in self.cluster.queue.models:
+            self._join(gpu, model, entries)
         self.cache.use(gpu.memory, model, now_s)
-        self.cluster.set_busy(gpu, work, now_s + self.cluster.inference_s(model, gpu, len(entries)))
+        expected_s = self.cluster.inference_s(model, gpu, len(entries))
+        self.cluster.set_busy(gpu, work, now_s + expected_s)
         if self._journalling:
-            for entry in entries:
-                self.journal.started(entry.request.request_id, now_s)
+            work.note = self.journal.started(entries, gpu.gpu_id, rule, now_s, expected_s)
         self._actions.append(Run(gpu.gpu_id, model, tuple([entry.request.request_id for entry in entries]), work.hit))
 
-    def _join(self, gpu: GpuState, model: str, entries: list[Entry], now_s: float) -> None:
+    def _join(self, gpu: GpuState, model: str, entries: list[Entry]) -> None:
         """Waiting requests for the model that a GPU is about to run may run with it."""
         limit = self.cluster.models[model].max_batch
         if self._burst_s and limit == 1:  # a batching function is never given more than it says it takes
@@ -273,10 +273,6 @@ class Scheduler:
                 return
             entry.gpu_id = gpu.gpu_id
             entries.append(entry)
-            if self._journalling:
-                inference_s = self.cluster.inference_s(model, gpu, len(entries))
-                joined = Decision(now_s, gpu.gpu_id, Rule.JOINED, True, 0.0, 0.0, inference_s)
-                self.journal.decided(entry.request.request_id, model, entry.request.arrival_s, joined)
 
     def _release(self, gpu: GpuState, model: str, now_s: float) -> None:
         """The GPU is done with a model, which stays there unless it was removed, or has too many copies, meanwhile."""
@@ -339,10 +335,12 @@ class Scheduler:
         work.loading = False
         work.load_s = load_s
         work.entries = [entry for entry in work.entries if not entry.cancelled]
+        rule = None
         if not work.entries:
-            self._join(gpu, model, work.entries, now_s)
+            rule = Rule.JOINED
+            self._join(gpu, model, work.entries)
         if work.entries:
-            self._run(gpu, work, now_s)
+            self._run(gpu, work, rule, now_s)
         else:
             self._release(gpu, model, now_s)
 
@@ -359,9 +357,8 @@ class Scheduler:
         entries = work.entries
         for entry in entries:
             self._entries.pop(entry.request.request_id, None)
-        if self._journalling:
-            for entry in entries:
-                self.journal.finished(entry.request.request_id, now_s)
+        if work.note is not None:
+            work.note.finished_s = now_s
         self.profiles.observe_run(event.model, gpu.kind, len(entries), event.inference_s)
         self.quarantine.succeeded(event.model)
         self._release(gpu, event.model, now_s)
@@ -488,5 +485,4 @@ class Scheduler:
     def _note(self, entry: Entry, gpu: GpuState, rule: Rule, room: Room | None, now_s: float) -> None:
         """Write a decision down, before it is carried out."""
         victims = room.victims if room is not None else ()
-        noted = decision(self.cluster, entry.model, gpu, rule, now_s, victims)
-        self.journal.decided(entry.request.request_id, entry.model, entry.request.arrival_s, noted)
+        self.journal.decided(entry.request, decision(self.cluster, entry.model, gpu, rule, now_s, victims))
