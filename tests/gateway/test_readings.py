@@ -8,7 +8,7 @@ import pytest
 from gateway_world import GPU, MIB, World, run, version
 
 from hotset.gateway.metrics import BUCKETS_S, HotsetCollector, exposition
-from hotset.gateway.readings import gpu_metrics, learned, processes, smallest_gpu_bytes, waiting
+from hotset.gateway.readings import gpu_metrics, learned, prefetches, processes, smallest_gpu_bytes, waiting
 from hotset.gateway.state import explain, state_of, trace, trace_header
 from hotset.simulation.traces import open_trace
 
@@ -97,7 +97,9 @@ def test_a_recorded_trace_can_be_replayed(tmp_path):
 def test_metrics_are_prometheus_text():
     async def story():
         control = (await busy_world()).control
-        collector = HotsetCollector(list(control.functions.metrics()), gpu_metrics(control), waiting(control), ["gone"])
+        collector = HotsetCollector(
+            list(control.functions.metrics()), gpu_metrics(control), waiting(control), ["gone"], prefetches(control)
+        )
         body, content_type = exposition(collector)
         lines = body.decode().splitlines()
         assert content_type.startswith("text/plain")
@@ -114,6 +116,8 @@ def test_metrics_are_prometheus_text():
             f'hotset_gpu_memory_used_bytes{{gpu="{GPU}"}} 1.8874368e+08',
             f'hotset_gpu_up{{gpu="{GPU}"}} 1.0',
             'hotset_gpu_up{gpu="gone"} 0.0',
+            'hotset_prefetches_total{outcome="useful"} 0.0',
+            'hotset_prefetches_total{outcome="useless"} 0.0',
             f'hotset_gpu_busy_ratio{{gpu="{GPU}"}} 1.0',
         ):
             assert line in lines, line

@@ -42,6 +42,7 @@ def check_memory(scheduler: Scheduler) -> None:
         assert set(states.values()) <= {Residency.HOT, Residency.LOADING}
         assert not memory.residents.keys() & memory.parked.keys(), "one level at a time"
         assert sum(resident.ahead for resident in memory.residents.values()) <= 1, "useless prefetches are bounded"
+        assert sum(resident.guessed for resident in memory.residents.values()) <= 1, "so are useless guesses"
         held[id(memory.host)] += sum(
             resident.host_bytes for resident in (*memory.residents.values(), *memory.parked.values())
         )

@@ -113,6 +113,7 @@ class ClusterStory(RuleBasedStateMachine):
             quarantine=QuarantineSettings(after=2, first_s=2.0, longest_s=8.0),
             host_memory_bytes=self.tiers.host_memory_bytes,
             overlap=self.tiers.overlap,
+            prefetch_recurring=self.tiers.prefetch_recurring,
         )
         self.world = world = Recording(
             self.policy, eviction=self.eviction, gpus=(), models=(), config=self.config, o3_limit=O3_LIMIT
@@ -281,7 +282,7 @@ TIERS = {
     "paper": SchedulerConfig(),
     "warm": SchedulerConfig(host_memory_bytes=5 * GIB // 2),
     "overlap": SchedulerConfig(overlap=True),
-    "warm-overlap": SchedulerConfig(host_memory_bytes=4 * GIB, overlap=True),
+    "warm-overlap": SchedulerConfig(host_memory_bytes=4 * GIB, overlap=True, prefetch_recurring=True),
 }
 
 

@@ -250,7 +250,12 @@ def arrivals_of(recording: Recording) -> Iterator[Arrival]:
 def config_of(recording: Recording) -> SchedulerConfig:
     """The recorded server's scheduler, as far as it matters for when a call is answered."""
     known = recording.header
-    return SchedulerConfig(burst_s=known.burst_s, host_memory_bytes=known.host_memory_bytes, overlap=known.overlap)
+    return SchedulerConfig(
+        burst_s=known.burst_s,
+        host_memory_bytes=known.host_memory_bytes,
+        overlap=known.overlap,
+        prefetch_recurring=known.prefetch_recurring,
+    )
 
 
 def simulated(
@@ -258,10 +263,17 @@ def simulated(
 ) -> RunMetrics:
     """What the simulator predicts for the recorded calls under these policies; with the recorded settings unless told
     others."""
+    return engine_of(recording, hardware, policy, eviction, settings).run(arrivals_of(recording))
+
+
+def engine_of(
+    recording: Recording, hardware: Hardware, policy: str, eviction: str, settings: PolicySettings | None = None
+) -> Engine:
+    """The recorded server in the simulator, before its first call."""
     scheduler = Scheduler(
         make_policy(policy, settings or recording.header.settings), make_eviction(eviction), config_of(recording)
     )
-    return Engine(scheduler, hardware).run(arrivals_of(recording))
+    return Engine(scheduler, hardware)
 
 
 def measured(recording: Recording) -> RunMetrics:

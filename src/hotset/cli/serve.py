@@ -84,6 +84,9 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     help="Where models that must leave a GPU wait to come back; default: half of what is free; 0: they are unloaded.",
 )
 @click.option("--overlap/--no-overlap", default=False, show_default=True, help="Load models while the GPU computes.")
+@click.option(
+    "--prefetch-recurring", is_flag=True, help="Load models that are about to be called, by habit; with --overlap."
+)
 @click.option("--max-queue", default=10_000, show_default=True, type=click.IntRange(min=1), help="Most waiting calls.")
 @click.option("--max-queue-per-function", type=click.IntRange(min=1), help="Most waiting calls of one function.")
 @click.option("--burst", default="2ms", show_default=True, metavar="TIME", help="Calls this short share a run.")
@@ -140,6 +143,7 @@ def serve(
     virtual_copy_bandwidth: str | None,
     host_memory: str | None,
     overlap: bool,
+    prefetch_recurring: bool,
     max_queue: int,
     max_queue_per_function: int | None,
     burst: str,
@@ -195,6 +199,7 @@ def serve(
         copy_bandwidth=_rate(virtual_copy_bandwidth),
         host_memory_bytes=parse_bytes(host_memory, "--host-memory") if host_memory is not None else None,
         overlap=overlap,
+        prefetch_recurring=prefetch_recurring,
         max_queue=max_queue,
         max_queue_per_function=max_queue_per_function,
         burst_s=parse_duration(burst, "--burst"),

@@ -5,7 +5,7 @@ Exported (docs/operations.md): ``hotset_requests_total``, ``hotset_request_secon
 ``hotset_misses_total``, ``hotset_false_misses_total``, ``hotset_offloads_total``, ``hotset_evictions_total`` and
 ``hotset_queue_length`` by function;
 ``hotset_gpu_up``, ``hotset_gpu_memory_used_bytes``, ``hotset_gpu_memory_capacity_bytes`` and ``hotset_gpu_busy_ratio``
-by GPU.
+by GPU; ``hotset_prefetches_total`` by outcome.
 """
 
 from __future__ import annotations
@@ -138,12 +138,15 @@ class HotsetCollector:
         gpus: Sequence[GpuMetrics],
         waiting: Mapping[str, int],
         lost_gpus: Collection[str] = (),
+        prefetches: Mapping[str, int] | None = None,
     ) -> None:
-        """``waiting``: function -> calls whose run has not begun. ``lost_gpus``: by their ids, not among ``gpus``."""
+        """``waiting``: function -> calls whose run has not begun. ``lost_gpus``: by their ids, not among ``gpus``.
+        ``prefetches``: outcome -> models that were loaded ahead; None: none ever is."""
         self._functions = functions
         self._gpus = gpus
         self._waiting = waiting
         self._lost_gpus = lost_gpus
+        self._prefetches = prefetches or {}
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -166,6 +169,10 @@ class HotsetCollector:
         for function, count in self._waiting.items():
             length.add_metric([function], count)
         yield length
+        ahead = CounterMetricFamily("hotset_prefetches", "Models that were loaded ahead.", labels=["outcome"])
+        for outcome, count in self._prefetches.items():
+            ahead.add_metric([outcome], count)
+        yield ahead
         up = GaugeMetricFamily("hotset_gpu_up", "1 while the GPU serves, 0 once it is lost.", labels=["gpu"])
         for gpu_id in self._lost_gpus:
             up.add_metric([gpu_id], 0)

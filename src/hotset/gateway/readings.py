@@ -43,6 +43,12 @@ def waiting_of(control: Control, function: str) -> int:
     return sum(each.run_s is None and each.version.function == function for each in control.calls.values())
 
 
+def prefetches(control: Control) -> dict[str, int]:
+    """What became of the models that were loaded ahead: those that are neither yet are not counted."""
+    cache = control.scheduler.cache
+    return {"useful": cache.useful_prefetches, "useless": cache.useless_prefetches}
+
+
 def gpu_metrics(control: Control) -> list[GpuMetrics]:
     """Memory as the scheduler accounts for it, and how busy each GPU is."""
     busy: dict[str, float] = {}

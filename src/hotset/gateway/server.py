@@ -69,6 +69,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What models that left a GPU may take of each node's memory while they wait to come back; None: half of what is
     free at the start; 0: they are unloaded."""
     overlap: bool = False
+    prefetch_recurring: bool = False
     """Whether models are loaded while their GPU computes."""
     max_queue: int = 10_000
     """Most calls that wait; one more gets a 429."""
@@ -117,6 +118,7 @@ async def run(
             journal_capacity=config.explained_calls,
             host_memory_bytes=_host_memory_bytes(config),
             overlap=config.overlap,
+            prefetch_recurring=config.prefetch_recurring,
             settings=settings,
         ),
     )

@@ -166,6 +166,7 @@ class TraceHeader(msgspec.Struct, frozen=True, kw_only=True):
     host_memory_bytes: int = 0
     """Of each node, for parked models."""
     overlap: bool = False
+    prefetch_recurring: bool = False
     gpus: list[Gpu]
     models: dict[str, TracedModel]
     """By function, those in service."""
@@ -314,6 +315,7 @@ def trace_header(control: Control) -> TraceHeader:
         burst_s=scheduler.config.burst_s,
         host_memory_bytes=scheduler.config.host_memory_bytes,
         overlap=scheduler.config.overlap,
+        prefetch_recurring=scheduler.config.prefetch_recurring,
         gpus=gpus,
         models={
             version.function: _traced_model(cluster, cluster.models[version.model], kind)

@@ -26,6 +26,7 @@ class Resident:
     __slots__ = (
         "ahead",
         "device_bytes",
+        "guessed",
         "host_bytes",
         "in_use",
         "last_used_s",
@@ -50,6 +51,8 @@ class Resident:
         self.uses = 0
         self.ahead = False
         """Loaded before a request was bound to it, and not used since."""
+        self.guessed = False
+        """Loaded because it was expected to be called, and not used since."""
         self.host_bytes = 0
         """Host memory on its node's account: while WARM, and until a restore is done."""
         self.device_bytes = 0
@@ -140,6 +143,8 @@ class CacheManager:
         self.eviction = eviction
         self.host_memory_bytes = host_memory_bytes
         self.evictions = 0
+        self.useful_prefetches = 0
+        """Models that were loaded ahead and ran."""
         self.useless_prefetches = 0
         """Models that were loaded ahead and left without a run."""
         self._memories: dict[str, GpuMemory] = {}
@@ -322,6 +327,11 @@ class CacheManager:
         self._holders.setdefault(model, {})[memory.gpu_id] = None
         return resident
 
+    def loading_ahead(self, memory: GpuMemory, model: str, *, guessed: bool) -> None:
+        """The load or restore that has just started is bound to no request: some wait, or may come."""
+        resident = memory.residents[model]
+        resident.ahead, resident.guessed = not guessed, guessed
+
     def loaded(self, memory: GpuMemory, model: str, memory_bytes: int | None) -> Resident:
         """LOADING -> HOT. A measured size replaces the reserved one if the account allows it."""
         resident = memory.residents[model]
@@ -341,7 +351,9 @@ class CacheManager:
         resident = residents[model]
         residents.move_to_end(model)
         resident.in_use = True
-        resident.ahead = False
+        if resident.ahead or resident.guessed:
+            resident.ahead = resident.guessed = False
+            self.useful_prefetches += 1
         resident.last_used_s = now_s
         resident.uses += 1
         self.eviction.used(memory, resident)
@@ -359,8 +371,8 @@ class CacheManager:
         memory.version += 1
         memory.host.used_bytes -= resident.host_bytes
         resident.host_bytes = 0
-        self.useless_prefetches += resident.ahead
-        resident.ahead = False
+        self.useless_prefetches += resident.ahead or resident.guessed
+        resident.ahead = resident.guessed = False
         self._forget_holder(model, memory.gpu_id)
         return resident
 

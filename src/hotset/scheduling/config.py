@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from hotset.errors import ConfigurationError
 from hotset.scheduling.policies.interface import PolicySettings
 from hotset.scheduling.quarantine import QuarantineSettings
 
@@ -25,6 +26,12 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Of each node, for models that left a GPU but may come back (WARM); 0: they are unloaded (the paper)."""
     overlap: bool = False
     """Models are loaded while their GPU computes for others, some of them ahead; False: one thing at a time (paper)."""
+    prefetch_recurring: bool = False
+    """With overlap: also load models that are about to be called, as the past has it (``recurrence.py``)."""
     settings: PolicySettings = PolicySettings()
     """What the policy was made with: whoever tells how a server was run needs it too."""
     quarantine: QuarantineSettings = QuarantineSettings()
+
+    def __post_init__(self) -> None:
+        if self.prefetch_recurring and not self.overlap:
+            raise ConfigurationError("models can only be prefetched where loads overlap with runs: set overlap too")

@@ -1,29 +1,38 @@
-"""Prefetch: load the model of a waiting request on a GPU that still computes for somebody else (two lanes a GPU).
+"""Prefetch: load a model on a GPU that still computes for somebody else, or for nobody yet (two lanes a GPU).
 
-No policy has a part in it: it acts only when none of the GPUs that a policy could have chosen is left, for models that
-no GPU holds. The request stays in the global queue and is an ordinary hit once its model is HOT and a GPU is free.
+For requests that wait: no policy has a part in it. It acts only when none of the GPUs that a policy could have chosen
+is left, for models that no GPU holds. The request stays in the global queue and is an ordinary hit once its model is
+HOT and a GPU is free. For requests that are expected (``recurrence.py``): only while nobody waits for a model that no
+GPU holds, in free memory or in place of what is worth less than the guess.
 """
 
 from __future__ import annotations
 
-from itertools import islice
+import math
+from itertools import chain, islice
 
 import msgspec
 
 from hotset.scheduling.cluster import Cluster, GpuState
 from hotset.scheduling.parking import Room
 from hotset.scheduling.queue import Entry
+from hotset.scheduling.recurrence import Recurrence
 from hotset.scheduling.transitions import Transitions
 
 MOST_LINES = 64
 """Models waited for that are looked at; lines are in order of their beginning, about oldest first."""
+MOST_GPUS = 16
+"""GPUs that are compared for one guess, those idle longest first."""
+TRY_AGAIN_S = 0.25
+"""After a guess found no place."""
 
 
 class LoadAhead(msgspec.Struct, frozen=True, gc=False):
     """A load, or a restore, that may start now though its GPU computes."""
 
-    entry: Entry
-    """The oldest request that waits for it."""
+    model: str
+    entry: Entry | None
+    """The oldest request that waits for it; None: nobody does yet."""
     gpu: GpuState
     room: Room
 
@@ -31,23 +40,27 @@ class LoadAhead(msgspec.Struct, frozen=True, gc=False):
 class Prefetcher:
     """Chooses what to load ahead. Linear in GPUs, while all of them are taken and somebody waits for a cold model.
 
-    At most one model on each GPU is loaded ahead and not used yet, so there are never more useless prefetches than
-    loads that requests were bound to.
+    On each GPU at most one model was loaded ahead for requests that wait, and one for requests that are expected, and
+    not used yet; so there are never more useless prefetches than loads that requests were bound to, and guesses.
     """
 
-    def __init__(self, cluster: Cluster, transitions: Transitions) -> None:
+    def __init__(self, cluster: Cluster, transitions: Transitions, recurrence: Recurrence | None = None) -> None:
         self._cluster = cluster
         self._transitions = transitions
+        self._recurrence = recurrence
+        self._try_s = 0.0
+        """When guesses are looked at next."""
 
     def next_load(self, now_s: float) -> LoadAhead | None:
         """The next one, or None when there is nothing more to load ahead; called again after each was started."""
         cluster = self._cluster
+        if self._recurrence is not None:
+            self._recurrence.advance(now_s)
         if any(gpu.memory.copying is None for gpu in cluster.idle):
-            return None  # the policy had its choice
-        lines, copies = cluster.queue.models, cluster.cache.copies
-        wanted = [model for model in islice(lines, MOST_LINES) if not copies(model)]
+            return self._next_guess(now_s)  # the policy had its choice
+        wanted = self._cold()
         if not wanted:
-            return None
+            return self._next_guess(now_s)
         free = [gpu for gpu in cluster.gpus.values() if gpu.memory.copying is None and not _has_unused(gpu)]
         free.sort(key=lambda gpu: (gpu.finish_s, gpu.index))
         for model in wanted:
@@ -57,8 +70,41 @@ class Prefetcher:
                 if cluster.fits(gpu, model):
                     room = self._transitions.room(gpu, model, now_s, spared=self._about_to_run(gpu))
                     if room is not None:
-                        return LoadAhead(lines[model][0], gpu, room)
+                        return LoadAhead(model, cluster.queue.first_of(model), gpu, room)
         return None
+
+    def _cold(self) -> list[str]:
+        """Models that somebody waits for and no GPU holds."""
+        copies = self._cluster.cache.copies
+        return [model for model in islice(self._cluster.queue.models, MOST_LINES) if not copies(model)]
+
+    def _next_guess(self, now_s: float) -> LoadAhead | None:
+        recurrence = self._recurrence
+        if recurrence is None or not recurrence.expected or now_s < self._try_s or self._cold():
+            return None
+        for model, expected in recurrence.expected.items():
+            ahead = self._cheapest(model, expected.likely, now_s)
+            if ahead is not None:
+                recurrence.guessed(model)
+                return ahead
+        self._try_s = now_s + TRY_AGAIN_S
+        return None
+
+    def _cheapest(self, model: str, likely: float, now_s: float) -> LoadAhead | None:
+        """Where the guess costs others least; None: nowhere less than it may save."""
+        cluster = self._cluster
+        best: LoadAhead | None = None
+        least_s = math.inf
+        for gpu in islice(chain(cluster.idle, cluster.gpus.values()), MOST_GPUS):
+            if gpu.memory.copying is not None or not cluster.fits(gpu, model) or _has_guess(gpu):
+                continue
+            room = self._transitions.room(gpu, model, now_s, spared=self._about_to_run(gpu))
+            if room is None:
+                continue
+            price_s = cluster.prices.price_s(gpu, room.victims, now_s) if room.victims else 0.0
+            if price_s < min(least_s, likely * cluster.load_s(model, gpu)):
+                best, least_s = LoadAhead(model, None, gpu, room), price_s
+        return best
 
     def _about_to_run(self, gpu: GpuState) -> frozenset[str]:
         """Models that are waited for: loading one and evicting the other would be thrash."""
@@ -67,3 +113,7 @@ class Prefetcher:
 
 def _has_unused(gpu: GpuState) -> bool:
     return any(resident.ahead for resident in gpu.memory.residents.values())
+
+
+def _has_guess(gpu: GpuState) -> bool:
+    return any(resident.guessed for resident in gpu.memory.residents.values())

@@ -38,6 +38,7 @@ from hotset.scheduling.prefetch import Prefetcher
 from hotset.scheduling.profiles import Profiles
 from hotset.scheduling.quarantine import Quarantine
 from hotset.scheduling.queue import Entry, Place
+from hotset.scheduling.recurrence import Recurrence
 from hotset.scheduling.requests import Loss, OpenRequests
 from hotset.scheduling.transitions import Transitions
 from hotset.vocabulary import FailureKind
@@ -52,13 +53,14 @@ class Scheduler:
 
     def __init__(self, policy: Policy, eviction: EvictionPolicy, config: SchedulerConfig | None = None) -> None:
         self.policy = policy
-        self.config = config or SchedulerConfig()
+        config = self.config = config or SchedulerConfig()
         self.profiles = Profiles()
         self.cache = CacheManager(eviction, self.config.host_memory_bytes)
         self.cluster = eviction.cluster = Cluster(self.cache, self.profiles, overlap=self.config.overlap)
         self._outbox = Outbox()
         self._transitions = Transitions(self.cluster, self._outbox)
-        self._prefetcher = Prefetcher(self.cluster, self._transitions) if self.config.overlap else None
+        self._recurrence = Recurrence(self.cluster) if config.prefetch_recurring else None
+        self._prefetcher = Prefetcher(self.cluster, self._transitions, self._recurrence) if config.overlap else None
         self.prefetches = 0
         """Loads and restores that were started ahead."""
         self.journal = Journal(self.config.journal_capacity)
@@ -118,7 +120,8 @@ class Scheduler:
         """When ``TimeAdvanced`` is due at the latest: the next deadline, a batch that was held for long enough, or a
         load for a pin that may be tried again. None: not before something happens."""
         soonest_s = self._gathering.next_s
-        for other_s in (self._requests.next_deadline_s(), self.pins.wakeup_s):
+        recurring_s = self._recurrence.wakeup_s if self._recurrence is not None else None
+        for other_s in (self._requests.next_deadline_s(), self.pins.wakeup_s, recurring_s):
             if other_s is not None and other_s < soonest_s:
                 soonest_s = other_s
         return soonest_s if soonest_s < math.inf else None
@@ -141,6 +144,8 @@ class Scheduler:
             return
         self._requests.add(entry)
         self.cluster.rates.arrived(request.model, now_s)
+        if self._recurrence is not None:
+            self._recurrence.arrived(request.model, now_s)
         if not (
             self._gathers and self.cluster.models[request.model].max_batch_wait_s and self._gathering.hold(entry, now_s)
         ):
@@ -181,7 +186,7 @@ class Scheduler:
             else:
                 queue.take(entry, Place.ASSIGNED, skips=placement.skips)
                 self._start(gpu, entry, placement.rule, now_s)
-        if self._prefetcher is not None and queue.waiting:
+        if self._prefetcher is not None and (queue.waiting or self._recurrence is not None):
             self._load_ahead(self._prefetcher, now_s)
 
     def _load_pinned(self, now_s: float) -> None:
@@ -198,12 +203,12 @@ class Scheduler:
 
     def _load_ahead(self, prefetcher: Prefetcher, now_s: float) -> None:
         while (ahead := prefetcher.next_load(now_s)) is not None:
-            gpu, model = ahead.gpu, ahead.entry.model
-            if self._journalling:
-                self._note(ahead.entry, gpu, Rule.AHEAD, ahead.room, now_s)
+            gpu, model, entry = ahead.gpu, ahead.model, ahead.entry
+            if self._journalling and entry is not None:
+                self._note(entry, gpu, Rule.AHEAD, ahead.room, now_s)
             self.prefetches += 1
-            self._copy(gpu, model, ahead.room, ahead.entry.request.request_id, now_s)
-            gpu.memory.residents[model].ahead = True
+            self._copy(gpu, model, ahead.room, entry.request.request_id if entry is not None else None, now_s)
+            self.cache.loading_ahead(gpu.memory, model, guessed=entry is None)
 
     def _dispatch_retries(self, now_s: float) -> None:
         """Requests whose process died go first, to another GPU than that one unless there is no other."""
@@ -479,6 +484,8 @@ class Scheduler:
             self.profiles.remove(name)
             self.cache.forget(name)
             self.cluster.rates.forget(name)
+            if self._recurrence is not None:
+                self._recurrence.forget(name)
             self.cluster.prices.forget(name)
             self.quarantine.succeeded(name)
 

@@ -41,7 +41,11 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     def applied_to(self, config: SchedulerConfig) -> SchedulerConfig:
         """The same scheduler, run this way."""
         return msgspec.structs.replace(
-            config, settings=self.settings, overlap=self.overlap, host_memory_bytes=self.host_memory_bytes
+            config,
+            settings=self.settings,
+            overlap=self.overlap,
+            prefetch_recurring=self.overlap and config.prefetch_recurring,
+            host_memory_bytes=self.host_memory_bytes,
         )
 
 

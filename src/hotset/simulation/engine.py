@@ -84,9 +84,12 @@ class Engine:
         """GPU id and model: what is in host memory."""
         self._run_ends_s: dict[str, float] = {}
         """GPU id -> when its newest run ends."""
-        self._gathers = any(cost.max_batch_wait_s for cost in hardware.costs.values())
+        self._timed = scheduler.config.prefetch_recurring or any(
+            cost.max_batch_wait_s for cost in hardware.costs.values()
+        )
+        """Time itself is an event: batches are held back, or models expected."""
         self._wakeup_s = math.inf
-        """When time itself is next an event; only batches that are held back need that."""
+        """When it is one next."""
         self._void_until: dict[str, int] = {}
         """GPU id -> completions up to that number never come: it was lost."""
         for model in hardware.models():
@@ -201,7 +204,7 @@ class Engine:
                 self._restore(action)
             elif type(action) is Offload:
                 self._offload(action)
-        if self._gathers:
+        if self._timed:
             wakeup_s = self.scheduler.next_wakeup_s()
             if wakeup_s is not None and wakeup_s < self._wakeup_s:
                 self._wakeup_s = wakeup_s
