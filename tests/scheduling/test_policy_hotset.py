@@ -168,6 +168,20 @@ class TestCopies:
         world.drain()
         assert all(world.ends[request_id] is End.ANSWERED for request_id in line)
 
+    def test_a_line_that_shares_one_run_needs_no_further_copy(self):
+        """Eight that run together are done soon after one; eight in turn would be worth a load."""
+        for max_batch, copies in ((1, 2), (8, 1)):
+            world = hotset_world(gpus=(2.0,), models=[model("a", max_batch=max_batch)])
+            warm(world, "a")
+            for _ in range(8):
+                world.arrive("a")
+            while world.running("g0"):
+                world.finish("g0", inference_s=1.0)  # of one, then of seven: a run of many takes no longer
+            world.join(2.0)
+            for _ in range(9):
+                world.arrive("a")
+            assert world.scheduler.cache.copies("a") == copies
+
     def test_a_short_line_waits_for_its_holder(self):
         world = hotset_world(gpus=(2.0, 2.0))
         warm(world, "a")

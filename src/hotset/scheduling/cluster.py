@@ -231,6 +231,11 @@ class Cluster:
         """Expected seconds of one run of that many requests there."""
         return self.profiles.inference_s(model, gpu.kind, batch)
 
+    def each_s(self, model: str, gpu: GpuState, count: int) -> float:
+        """Expected seconds of a GPU for each of so many requests, which run together as far as the model batches."""
+        batch = min(count, self.models[model].max_batch)
+        return self.profiles.inference_s(model, gpu.kind, batch) / batch
+
     def gpu_for_retry(self, entry: Entry) -> GpuState | None:
         """An idle GPU for a request whose process died: not the one it died on unless there is no other. Linear."""
         fitting = [gpu for gpu in self.gpus.values() if self.fits(gpu, entry.model)]

@@ -152,7 +152,7 @@ class Hotset:
                 continue
             line = lines[model]
             count = len(line)
-            gpu_s = cluster.load_s(model, gpu) + count * cluster.inference_s(model, gpu)
+            gpu_s = cluster.load_s(model, gpu) + count * cluster.each_s(model, gpu, count)
             age_s = now_s - line[0].request.arrival_s + HEAD_START_S
             candidates.append(_Candidate(model, count * age_s / gpu_s if gpu_s else math.inf))
         for candidate in _best(candidates):
@@ -199,7 +199,7 @@ class Hotset:
             gain_s = prices.another_copy_s(gpu, model, now_s) - gpu_time_price * load_s
             urgent_s, helped = 0.0, 1
             if len(line) > 1 or wait_s > load_s:
-                inference_s = cluster.inference_s(model, gpu)
+                inference_s = cluster.each_s(model, gpu, len(line))
                 saved_s, helped = _saved(len(line), wait_s, load_s, inference_s, cluster.cache.copies(model))
                 gain_s += saved_s
                 if saved_s:
