@@ -42,7 +42,9 @@ def recording(tmp_path: Path) -> Path:
         "eviction": "lru",
         "burst_s": 0.002,
         "gpus": [{"gpu_id": f"local/virtual:{index}", "memory_bytes": 250 * MIB} for index in range(2)],
-        "models": {name: {"memory_bytes": 100 * MIB, "load_s": 1.0, "inference_s": 0.1, "restore_s": 0.1} for name in names},
+        "models": {
+            name: {"memory_bytes": 100 * MIB, "load_s": 1.0, "inference_s": 0.1, "restore_s": 0.1} for name in names
+        },
     }
     row = {"inference_s": 0.1, "status": 200, "gpu_id": "local/virtual:0", "duration_s": 0.1, "hit": True}
     rows = [{**row, "arrival_s": index * 0.3, "function": names[index * 3 % 5]} for index in range(200)]
@@ -53,7 +55,13 @@ def recording(tmp_path: Path) -> Path:
 def test_a_servers_calls_are_tuned_for_its_own_machine_and_against_its_own_setting(recording: Path) -> None:
     answer = told(recording)
 
-    assert answer["current"] == {"policy": "lb", "eviction": "lru", "overlap": False, "host_memory_bytes": 0}
+    assert answer["current"] == {
+        "policy": "lb",
+        "eviction": "lru",
+        "overlap": False,
+        "prefetch_recurring": False,
+        "host_memory_bytes": 0,
+    }
     assert answer["change"] is True
     assert answer["choice"] == answer["best"] != answer["current"]
     assert answer["gain_over"] == "later requests"
@@ -158,8 +166,9 @@ def test_tiers_are_tried_as_far_as_there_is_host_memory(recording: Path) -> None
     only = ("--policy", "lb", "--eviction", "lru")
     answer = told(recording, *only, "--host-memory", "2GiB")
 
-    tried = {(each["overlap"], each["host_memory_bytes"]) for each in answer["candidates"]}
-    assert tried == {(overlap, gib << 30) for overlap in (False, True) for gib in (0, 1, 2)}
+    tried = {(each["overlap"], each["prefetch_recurring"], each["host_memory_bytes"]) for each in answer["candidates"]}
+    lanes = ((False, False), (True, False), (True, True))
+    assert tried == {(*each, gib << 30) for each in lanes for gib in (0, 1, 2)}
     assert answer["choice"]["host_memory_bytes"] > 0
     assert "--host-memory" in answer["serve_flags"]
     assert {each["host_memory_bytes"] for each in told(recording, *only)["candidates"]} == {0}
@@ -168,7 +177,13 @@ def test_tiers_are_tried_as_far_as_there_is_host_memory(recording: Path) -> None
 
 def test_a_recorded_servers_tiers_and_settings_are_what_is_set_now(recording: Path) -> None:
     header, *rows = recording.read_text().splitlines()
-    ran = {"overlap": True, "host_memory_bytes": 300 * MIB, "policy": "lalb_o3", "settings": {"o3_limit": 3}}
+    ran = {
+        "overlap": True,
+        "prefetch_recurring": True,
+        "host_memory_bytes": 300 * MIB,
+        "policy": "lalb_o3",
+        "settings": {"o3_limit": 3},
+    }
     recording.write_text("\n".join([json.dumps(json.loads(header) | ran), *rows]))
     answer = told(recording, "--policy", "lb", "--eviction", "lru")
 
@@ -177,6 +192,7 @@ def test_a_recorded_servers_tiers_and_settings_are_what_is_set_now(recording: Pa
         "eviction": "lru",
         "o3_limit": 3,
         "overlap": True,
+        "prefetch_recurring": True,
         "host_memory_bytes": 300 * MIB,
     }
     assert {each["host_memory_bytes"] for each in answer["candidates"]} == {0, 150 * MIB, 300 * MIB}
@@ -187,14 +203,22 @@ def test_whatever_is_tried_can_be_set(now_overlaps: bool, tmp_path: Path) -> Non
     assert set(FLAGS) == set(SETTINGS)
     settings = PolicySettings(o3_limit=5, max_skips=100, max_wait_s=30.0)
     current = Candidate(policy="lb", eviction="lru", overlap=now_overlaps, host_memory_bytes=5 * MIB)
-    best = Candidate(policy="hotset", eviction="lru", settings=settings, overlap=not now_overlaps)
+    best = Candidate(
+        policy="hotset",
+        eviction="lru",
+        settings=settings,
+        overlap=not now_overlaps,
+        prefetch_recurring=not now_overlaps,
+    )
     flags = serve_flags(best, current)
 
     assert flags[4:10] == ["--o3-limit", "5", "--max-skips", "100", "--max-wait", "30s"]
-    assert flags[10:] == ["--no-overlap" if now_overlaps else "--overlap", "--host-memory", "0MiB"]
+    lanes = ["--no-overlap"] if now_overlaps else ["--overlap", "--prefetch-recurring"]
+    assert flags[10:] == [*lanes, "--host-memory", "0MiB"]
     file = tmp_path / "hotset.toml"
     file.write_text(serve_config(best, current))
     for arguments in (flags, ["--config", str(file)]):
         params = serve.make_context("serve", list(arguments)).params
         assert (params["o3_limit"], params["max_skips"], params["max_wait"]) == (5, 100, "30s")
         assert (params["overlap"], params["host_memory"]) == (not now_overlaps, "0MiB")
+        assert params["prefetch_recurring"] is not now_overlaps

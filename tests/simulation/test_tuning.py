@@ -239,10 +239,11 @@ def test_settings_are_tried_with_the_policies_that_heed_them() -> None:
 
 
 def test_tiers_are_tried_together() -> None:
-    tried = {(each.overlap, each.host_memory_bytes) for each in other_tiers(LB, 100)}
+    tried = {(each.overlap, each.prefetch_recurring, each.host_memory_bytes) for each in other_tiers(LB, 100)}
 
-    assert tried == {(overlap, size) for overlap in (False, True) for size in (0, 50, 100)}
-    assert len(other_tiers(LB, 0)) == 2
+    lanes = ((False, False), (True, False), (True, True))
+    assert tried == {(*each, size) for each in lanes for size in (0, 50, 100)}
+    assert len(other_tiers(LB, 0)) == 3
     config = Candidate(policy="lb", eviction="lru", overlap=True, host_memory_bytes=7).applied_to(
         SchedulerConfig(burst_s=0.5)
     )

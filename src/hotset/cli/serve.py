@@ -85,7 +85,10 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
 )
 @click.option("--overlap/--no-overlap", default=False, show_default=True, help="Load models while the GPU computes.")
 @click.option(
-    "--prefetch-recurring", is_flag=True, help="Load models that are about to be called, by habit; with --overlap."
+    "--prefetch-recurring/--no-prefetch-recurring",
+    default=False,
+    show_default=True,
+    help="Also load models that are about to be called, by habit; with --overlap.",
 )
 @click.option("--max-queue", default=10_000, show_default=True, type=click.IntRange(min=1), help="Most waiting calls.")
 @click.option("--max-queue-per-function", type=click.IntRange(min=1), help="Most waiting calls of one function.")

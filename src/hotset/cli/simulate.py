@@ -156,6 +156,7 @@ def _working_set(text: str) -> int | None:
 )
 @click.option("--copy-bandwidth", metavar="SIZE", help="Bytes a second between host memory and a GPU; default: 24GB.")
 @click.option("--overlap/--no-overlap", default=False, show_default=True, help="GPUs load and compute at once.")
+@click.option("--prefetch-recurring", is_flag=True, help="They also load what is about to be called; with --overlap.")
 @click.option(
     "--models",
     "models_path",
@@ -242,6 +243,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     host_memory: str | None
     copy_bandwidth: str | None
     overlap: bool
+    prefetch_recurring: bool
     models_path: Path | None
     fails: tuple[str, ...]
     no_baseline: bool
@@ -279,6 +281,7 @@ def experiment(options: Options) -> ExperimentSpec:
         host_memory_bytes=parse_bytes(options.host_memory, "--host-memory") if options.host_memory else 0,
         copy_bytes_per_s=_bandwidth(options.copy_bandwidth, "--copy-bandwidth") or base.cluster.copy_bytes_per_s,
         overlap=options.overlap,
+        prefetch_recurring=options.prefetch_recurring,
     )
     return ExperimentSpec(
         workloads=workloads,

@@ -233,6 +233,7 @@ def _recorded(recording: Recording) -> Candidate:
         eviction=known.eviction,
         settings=known.settings,
         overlap=known.overlap,
+        prefetch_recurring=known.prefetch_recurring,
         host_memory_bytes=known.host_memory_bytes,
     )
 
@@ -253,6 +254,8 @@ def serve_settings(candidate: Candidate, current: Candidate) -> dict[str, str | 
         settings[FLAGS[name]] = f"{value:g}s" if name.endswith("_s") else int(value)
     if candidate.overlap or current.overlap:
         settings["overlap"] = candidate.overlap
+    if candidate.prefetch_recurring or current.prefetch_recurring:
+        settings["prefetch-recurring"] = candidate.prefetch_recurring
     if candidate.host_memory_bytes or current.host_memory_bytes:
         settings["host-memory"] = f"{candidate.host_memory_bytes // MIB}MiB"
     return settings
@@ -278,6 +281,8 @@ def _label(candidate: Candidate) -> str:
     changes = [f"{name.removesuffix('_s')} {value:g}" for name, value in candidate.changed().items()]
     if candidate.overlap:
         changes.append("overlap")
+    if candidate.prefetch_recurring:
+        changes.append("prefetch")
     if candidate.host_memory_bytes:
         changes.append(f"host {format_bytes(candidate.host_memory_bytes)}")
     return " ".join((f"{candidate.policy} + {candidate.eviction}", *changes))
@@ -307,8 +312,8 @@ def _as_json(result: Tuning, deadline_s: float | None) -> dict[str, Any]:
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:
-    tiers = {"overlap": candidate.overlap, "host_memory_bytes": candidate.host_memory_bytes}
-    return {"policy": candidate.policy, "eviction": candidate.eviction, **tiers, **candidate.changed()}
+    fields = ("policy", "eviction", "overlap", "prefetch_recurring", "host_memory_bytes")
+    return {name: getattr(candidate, name) for name in fields} | candidate.changed()
 
 
 def _show(result: Tuning, problem: Problem, seed: int) -> None:

@@ -27,6 +27,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     eviction: str
     settings: PolicySettings = _DEFAULTS
     overlap: bool = False
+    prefetch_recurring: bool = False
+    """Only with overlap."""
     host_memory_bytes: int = 0
     """Of each node, for models that left a GPU."""
 
@@ -44,7 +46,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
             config,
             settings=self.settings,
             overlap=self.overlap,
-            prefetch_recurring=self.overlap and config.prefetch_recurring,
+            prefetch_recurring=self.prefetch_recurring,
             host_memory_bytes=self.host_memory_bytes,
         )
 
@@ -80,9 +82,10 @@ def other_settings(candidate: Candidate) -> list[Candidate]:
 
 
 def other_tiers(candidate: Candidate, most_host_bytes: int) -> list[Candidate]:
-    """Loads that overlap with runs or do not, each with no host memory for models, half of the most, and all of it."""
+    """Loads before or beside runs, or even before calls that recur, each with no host memory for models, half of the
+    most, and all of it."""
     return [
-        msgspec.structs.replace(candidate, overlap=overlap, host_memory_bytes=host_bytes)
-        for overlap in (False, True)
+        msgspec.structs.replace(candidate, overlap=overlap, prefetch_recurring=prefetch, host_memory_bytes=host_bytes)
+        for overlap, prefetch in ((False, False), (True, False), (True, True))
         for host_bytes in dict.fromkeys((0, most_host_bytes // 2, most_host_bytes))
     ]

@@ -76,6 +76,8 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Between host memory and a GPU, for models whose restore and offload times are not known."""
     overlap: bool = False
     """GPUs load and compute at the same time."""
+    prefetch_recurring: bool = False
+    """They also load what is about to be called."""
 
     def hardware(self, functions: Sequence[str], seed: int, load_scale: float = 1.0) -> Hardware:
         """The cluster for these functions. Raises ``ConfigurationError`` when one has no cost, or none fits a GPU."""
@@ -334,7 +336,12 @@ def _run(
     case: _Case, variant: Variant, arrivals: Iterable[Arrival], possible: Yardsticks, heard: Callable[[float], None]
 ) -> SeedRun:
     settings = PolicySettings() if variant.o3_limit is None else PolicySettings(o3_limit=variant.o3_limit)
-    config = SchedulerConfig(host_memory_bytes=case.cluster.host_memory_bytes, overlap=case.cluster.overlap)
+    cluster = case.cluster
+    config = SchedulerConfig(
+        host_memory_bytes=cluster.host_memory_bytes,
+        overlap=cluster.overlap,
+        prefetch_recurring=cluster.prefetch_recurring,
+    )
     scheduler = Scheduler(make_policy(variant.policy, settings), make_eviction(variant.eviction), config)
     hardware = case.cluster.hardware(case.workload.functions, case.seed, variant.load_scale)
     metrics = Engine(scheduler, hardware, case.faults, deadline_s=case.deadline_s).run(arrivals, heard)

@@ -40,7 +40,7 @@ FINALISTS = 3
 """So many are kept to the end, and refined."""
 BLOCKS = 10
 """Parts of the second half of a trace without seeds: each gives one independent-enough value of the gain."""
-LIKELY_VARIATIONS = 8
+LIKELY_VARIATIONS = 10
 """Of a candidate, when it is refined; for the progress bar."""
 CHOOSING_SHARE = 0.6
 """Of the time given; the rest is for measuring the gain."""
