@@ -86,7 +86,10 @@ class Zygote:
 
     def _receive(self) -> bool:
         """One request; False: the node is gone."""
-        message, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE_BYTES, 3)
+        try:
+            message, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE_BYTES, 3)
+        except ConnectionResetError:  # it went without reading what it was last told
+            return False
         if not message:
             return False
         if message == b"retire":
