@@ -323,3 +323,40 @@ def test_history_is_bounded_and_forgets_who_did_nothing_for_longest() -> None:
     assert history.memory_bytes("a") == 7
     assert history.memory_bytes("m0") is None
     assert len(history.report()) == MOST_MODELS
+
+
+@story
+async def test_what_is_parked_waits_for_the_host_memory_of_what_is_forgotten_elsewhere(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_module, "GRACE_S", 0.3)
+    other = "local/virtual:1"
+    async with running(recorder, gpus=2) as node:
+        node.load(GPU, hooked(UNLOAD="hang"))
+        node.offload(GPU, "Hooked@1")
+        node.load(other, launch("Holder"))
+        await recorder.until(lambda: len(recorder.told) == 3)
+        recorder.told.clear()
+        pid = next(each.pid for each in node.processes() if each.model == "Hooked@1")
+        node.unload(GPU, "Hooked@1")  # takes its time
+        node.offload(other, "Holder@1")
+        node.load(other, launch("Echo"))
+        assert node._lanes[other]._turns.copying is None
+        assert (await recorder.hears("offloaded", "loaded")).model == "Echo@1"
+        assert not psutil.pid_exists(pid)
+
+
+@story
+async def test_what_will_never_leave_holds_nobody_up(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "GRACE_S", 0.3)
+    other = "local/virtual:1"
+    async with running(recorder, gpus=2) as node:
+        node.load(GPU, hooked(OFFLOAD="hang"))
+        node.load(other, launch("Holder"))
+        await recorder.hears("loaded", "loaded")
+        node.offload(GPU, "Hooked@1")
+        node.unload(GPU, "Hooked@1")
+        node.offload(other, "Holder@1")
+        assert node._lanes[other]._turns.copying is None
+        node._lanes[GPU]._give_up()
+        assert (await recorder.hears("offloaded")).model == "Holder@1"

@@ -13,7 +13,7 @@ from hotset.node.devices.device import Device
 from hotset.node.frames import LoadOrder, Moved
 from hotset.node.history import History, LoadParts, Transition
 from hotset.node.interface import Answer, Call, LaunchSpec, NodeListener
-from hotset.node.order import Operation, Turns
+from hotset.node.order import HostMemoryOrder, Operation, Turns
 from hotset.node.process import Ending, ModelProcess, ProcessState
 from hotset.node.spawner import ProcessSource
 from hotset.node.utilisation import BusyMeter
@@ -31,6 +31,7 @@ class UnloadOperation(Operation):
 
 class OffloadOperation(Operation):
     leaves: ClassVar[bool] = True
+    parks: ClassVar[bool] = True
     begin_s: float = 0.0
 
 
@@ -60,6 +61,7 @@ class Lane:
         source: ProcessSource,
         where: dict[int, Lane],
         history: History,
+        host: HostMemoryOrder,
     ) -> None:
         self.device = device
         self.gpu_id = device.gpu.gpu_id
@@ -73,7 +75,9 @@ class Lane:
         self._where = where
         self._history = history
         self._loop = asyncio.get_running_loop()
-        self._turns: Turns[AnyOperation] = Turns()
+        self._host = host
+        self._host.call(self._advance_soon)
+        self._turns: Turns[AnyOperation] = Turns(host)
         self._copying: ModelProcess | None = None
         """The process that the current load, unload, offload or restore waits for."""
         self._ahead: ModelProcess | None = None
@@ -96,7 +100,16 @@ class Lane:
         """Do this when it is its turn."""
         if not self._over:
             self._turns.add(operation)
+            if isinstance(operation, UnloadOperation) and self._is_parked(operation.model):
+                self._host.leaves(operation)
             self._advance()
+
+    def _is_parked(self, model: str) -> bool:
+        process = self.processes.get(model)
+        return process is not None and (
+            process.state in (ProcessState.PARKED, ProcessState.OFFLOADING)
+            or any(isinstance(copy, OffloadOperation) and copy.model == model for copy in self._turns.copies)
+        )
 
     def cancel(self, request_id: int) -> None:
         """The client of a request in this lane left; a run that has not begun is told when it does."""
@@ -111,6 +124,9 @@ class Lane:
             await self._emptied
 
     # Operations begin
+
+    def _advance_soon(self) -> None:
+        self._loop.call_soon(self._advance)
 
     def _advance(self) -> None:
         while not self._over and (operation := self._turns.start()) is not None:
@@ -169,7 +185,7 @@ class Lane:
 
     def _prepare(self) -> None:
         """While another model leaves, the process of the one that comes starts and imports: neither takes memory."""
-        following = self._turns.next_copy
+        following = self._turns.copies[0] if self._turns.copies else None
         if self._ahead is None and isinstance(following, LoadOperation) and not self._over:
             self._ahead = self._new_process(following.spec)
             self._ahead.prepare()

@@ -17,6 +17,7 @@ from hotset.node.devices.virtual import virtual_devices
 from hotset.node.history import History, ModelHistory
 from hotset.node.interface import Call, LaunchSpec, NodeListener, ProcessReport
 from hotset.node.lane import Lane, LoadOperation, OffloadOperation, RestoreOperation, RunOperation, UnloadOperation
+from hotset.node.order import HostMemoryOrder
 from hotset.node.spawner import ProcessSource
 from hotset.node.zygote import ZygoteSource
 from hotset.vocabulary import Gpu
@@ -80,7 +81,8 @@ class LocalNode:
             )
         else:
             devices = cuda_devices(self._nvml, memory_bytes=self._memory_bytes, node=self._name)
-        lanes = [Lane(device, listener, self._source, self._where, self._history) for device in devices]
+        host = HostMemoryOrder()
+        lanes = [Lane(device, listener, self._source, self._where, self._history, host) for device in devices]
         self._lanes = {lane.gpu_id: lane for lane in lanes}
 
     async def stop(self) -> None:
