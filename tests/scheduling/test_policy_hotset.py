@@ -207,9 +207,10 @@ class TestCopies:
         world = hotset_world(gpus=(2.0,))
         cluster = world.scheduler.cluster
         gpu = cluster.gpus["g0"]
-        assert _load_on(cluster, gpu, "a", 0.0) is not None
+        outlook = cluster.prices.outlook("a", gpu, 0.0)
+        assert _load_on(cluster, gpu, outlook, 0.0) is not None
         gpu.memory.copying = "b"
-        assert _load_on(cluster, gpu, "a", 0.0) is None
+        assert _load_on(cluster, gpu, outlook, 0.0) is None
 
     def test_a_copy_is_not_worth_the_last_copy_of_a_busy_model(self):
         world = hotset_world(gpus=(1.0, 1.0))
@@ -286,6 +287,7 @@ class TestPrices:
         world.drain()
         prices, gpus, now_s = world.scheduler.cluster.prices, world.scheduler.cluster.gpus, world.now_s
         both = prices.price_s(gpus["g0"], [gpus["g0"].memory.residents["a"]], now_s)
+        assert prices.room_s(gpus["g0"], 1, now_s) == both
         world.process_dies("g1", "a")
         assert not prices.is_current(gpus["g0"]), "the other copy is gone"
         last = prices.price_s(gpus["g0"], [gpus["g0"].memory.residents["a"]], now_s)
@@ -347,7 +349,7 @@ class TestPrices:
         world.lose("g1")
         world.remove("a")
         assert "g1" not in prices._gpus
-        assert not prices._demands
+        assert "a" not in prices._outlooks
 
     def test_a_miss_waits_for_a_gpu_whose_room_is_cheaper_and_that_is_free_soon(self):
         world = hotset_world(gpus=(1.0, 1.0), models=(model("busy"), model("rare", inference_s=0.1), model("c")))
@@ -386,7 +388,7 @@ class TestPrices:
         world.lose("g1")
         assert cluster.cache.eviction.price_s(memory, 1, world.now_s) == second, "an estimate may be a little old"
         world.arrive("b")
-        assert cluster.prices._gpus["g0"].priced is None or "a" not in memory.residents
+        assert cluster.prices._gpus["g0"].ranked is None or "a" not in memory.residents
 
     def test_it_does_not_wait_for_a_gpu_that_others_wait_for(self):
         world = hotset_world(gpus=(1.0, 1.0), models=(model("busy"), model("rare", inference_s=0.1), model("c")))

@@ -8,7 +8,7 @@ capacity, whatever the world does meanwhile.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -150,6 +150,8 @@ class CacheManager:
         self._memories: dict[str, GpuMemory] = {}
         self._hosts: dict[str, HostMemory] = {}
         self._holders: dict[str, dict[str, None]] = {}
+        self.held: Mapping[str, Collection[str]] = self._holders
+        """Model -> GPU ids, of all that some GPU holds (read only): for loops in which a call each is too dear."""
         self._parked_on: dict[str, dict[str, None]] = {}
         self._sizes: dict[str, ParkedSize] = {}
 

@@ -1,8 +1,8 @@
 """What a copy of a model is worth, in seconds of its callers' waiting. Policy and eviction ``hotset`` trade in it.
 
 Everything is learned: arrival rates, load and inference times, who holds what (docs/policies.md derives each term).
-Prices change slowly and are asked for often, so they are worked out once per GPU and kept for ``FRESH_S``, or until the
-GPU's residents change.
+Prices change slowly and are asked for often, so they are worked out once per model and per GPU, and kept for
+``FRESH_SHARE`` of the rates' history, or until the model's copies, or the GPU's residents, change.
 """
 
 from __future__ import annotations
@@ -22,14 +22,52 @@ if TYPE_CHECKING:
 
 HORIZON_RUNS = 4.6
 """How far ahead the use of a further copy is counted, in typical runs. Beyond it the queue will look different: decide
-again then. Counted in runs, so that models of ten milliseconds are treated as those of a second are."""
-LAST_HORIZON_RUNS = 9.2
-"""The same for a model's last copy."""
+again then. In runs, so that models of ten milliseconds are treated as those of a second are."""
+HORIZON_LOADS = 4.3
+"""The same for a model's last copy, in typical loads: what is lost is a load."""
 LEAST_UTILISATION, MOST_UTILISATION = 0.3, 0.98
 """A GPU is never taken to be free, or busy, for certain."""
-FRESH_S = 2.0
+FRESH_SHARE = 0.05
+"""How long a price is kept, as a share of the time that rates are learned from: they hardly change meanwhile."""
 MOST_COMPARED = 8
 """Residents of which the cheapest set is searched exactly: at most 2 ** 8 sets, a few in practice."""
+
+
+class Outlook:
+    """What is expected of one model."""
+
+    __slots__ = (
+        "another_copy_s",
+        "batches",
+        "copies",
+        "fresh_until_s",
+        "kind",
+        "last_copy_s",
+        "load_s",
+        "model",
+        "per_s",
+        "run_s",
+        "share",
+    )
+
+    def __init__(self, model: str, kind: str, per_s: float, load_s: float, run_s: float) -> None:
+        self.model = model
+        self.kind = kind
+        """Of the GPUs that the times are for."""
+        self.per_s = per_s
+        """Requests expected per second."""
+        self.load_s = load_s
+        self.run_s = run_s
+        self.copies = 0
+        self.share = 0.0
+        """Of a holder's time, were its requests spread evenly over its copies."""
+        self.last_copy_s = 0.0
+        """Waiting that losing the only copy would cause within the horizon."""
+        self.another_copy_s: float | None = None
+        """Waiting that one more copy would save; None: not asked yet."""
+        self.fresh_until_s = 0.0
+        self.batches = False
+        """One run may serve several of its requests."""
 
 
 class PricedResident(msgspec.Struct, frozen=True, gc=False):
@@ -51,27 +89,17 @@ class _Room(msgspec.Struct, frozen=True, gc=False):
 class _GpuPrices:
     """Prices of one GPU's residents, as long as they are the same and were priced lately."""
 
-    __slots__ = ("fresh_until_s", "memory", "priced", "rooms", "utilisation", "version")
+    __slots__ = ("fresh_until_s", "memory", "ranked", "rooms", "utilisation", "version")
 
-    def __init__(self, memory: GpuMemory, utilisation: float, now_s: float) -> None:
+    def __init__(self, memory: GpuMemory, utilisation: float, fresh_until_s: float) -> None:
         self.memory = memory
         self.version = memory.version
-        self.fresh_until_s = now_s + FRESH_S
+        self.fresh_until_s = fresh_until_s
         self.utilisation = utilisation
-        self.priced: dict[str, PricedResident] | None = None
+        self.ranked: list[PricedResident] | None = None
+        """Cheapest to lose first."""
         self.rooms: dict[int, _Room] = {}
         """By the bytes that were missing, for a GPU that nobody else waits for."""
-
-
-class _Demand:
-    """What one more copy of a model would save."""
-
-    __slots__ = ("copies", "fresh_until_s", "saving_s")
-
-    def __init__(self, copies: int, saving_s: float, now_s: float) -> None:
-        self.copies = copies
-        self.saving_s = saving_s
-        self.fresh_until_s = now_s + FRESH_S
 
 
 class Prices:
@@ -82,10 +110,48 @@ class Prices:
         self._cache: CacheManager = cluster.cache
         self._rates: ArrivalRates = cluster.rates
         self._gpus: dict[str, _GpuPrices] = {}
-        self._demands: dict[str, _Demand] = {}
+        self._outlooks: dict[str, Outlook] = {}
 
     def left(self, gpu_id: str) -> None:
         self._gpus.pop(gpu_id, None)
+
+    def forget(self, model: str) -> None:
+        """What was expected of the model holds no more: it is gone, or its load was measured."""
+        self._outlooks.pop(model, None)
+
+    def outlook(self, model: str, gpu: GpuState, now_s: float) -> Outlook:
+        """What is expected of the model, on GPUs of that one's kind; maybe a little old."""
+        outlook = self._outlooks.get(model)
+        if outlook is None or now_s >= outlook.fresh_until_s or outlook.kind != gpu.kind:
+            outlook = self._look_out(model, gpu.kind, now_s)
+        holders = self._cache.held.get(model)
+        copies = len(holders) if holders is not None else 0
+        if outlook.copies != copies:
+            outlook.copies = copies
+            outlook.share = outlook.per_s * outlook.run_s / copies if copies else 0.0
+            outlook.another_copy_s = None
+        return outlook
+
+    def outlooks_of(self, models: Sequence[str], gpu: GpuState, now_s: float) -> list[Outlook]:
+        """The same for several models that no GPU holds."""
+        known, kind, outlooks = self._outlooks, gpu.kind, list[Outlook]()
+        for model in models:
+            outlook = known.get(model)
+            if outlook is None or now_s >= outlook.fresh_until_s or outlook.kind != kind:
+                outlook = self._look_out(model, kind, now_s)
+            outlooks.append(outlook)
+        return outlooks
+
+    def _look_out(self, model: str, kind: str, now_s: float) -> Outlook:
+        profiles = self._cluster.profiles
+        load_s, run_s = profiles.load_s(model, kind), profiles.inference_s(model, kind)
+        per_s = self._rates.per_s(model, now_s)
+        expected = per_s * HORIZON_LOADS * profiles.typical_load_s()
+        outlook = self._outlooks[model] = Outlook(model, kind, per_s, load_s, run_s)
+        outlook.last_copy_s = load_s * expected / (1.0 + expected)
+        outlook.batches = self._cluster.models[model].max_batch > 1
+        outlook.fresh_until_s = now_s + FRESH_SHARE * self._rates.history_s(now_s)
+        return outlook
 
     def utilisation(self, gpu: GpuState, now_s: float) -> float:
         """The share of its time that requests for its residents take, were each spread evenly over its copies."""
@@ -93,29 +159,22 @@ class Prices:
 
     def price_s(self, gpu: GpuState, victims: Sequence[Resident], now_s: float) -> float:
         """What losing these residents would cost their callers."""
-        priced = self._priced(gpu, now_s)
-        price_s = 0.0
-        for victim in victims:
-            price_s += priced[victim.model].price_s
-        return price_s
+        return sum(self._loss_s(gpu, victim.model, now_s) for victim in victims)
 
     def room_s(self, gpu: GpuState, missing_bytes: int, now_s: float) -> float | None:
         """The price of ``cheapest_victims``, to compare GPUs by: maybe not the newest (``is_current``).
 
         Of a busy GPU: what it will be when the model that it runs may go as well.
         """
-        prices = self._of(gpu, now_s)
-        room = prices.rooms.get(missing_bytes) if gpu.work is None else None
-        if room is None:
-            room = self._room(gpu, missing_bytes, now_s, ahead=gpu.work is not None)
+        room = self._room(gpu, missing_bytes, now_s, ahead=gpu.work is not None)
         return room.price_s if room is not None else None
 
     def is_current(self, gpu: GpuState) -> bool:
         """Whether the GPU's prices are those of now; where copies have come or gone elsewhere they are forgotten."""
         prices, copies = self._gpus.get(gpu.gpu_id), self._cache.copies
-        if prices is not None and prices.priced is not None:
-            for model, one in prices.priced.items():
-                if one.copies != copies(model):
+        if prices is not None and prices.ranked is not None:
+            for one in prices.ranked:
+                if one.copies != copies(one.resident.model):
                     del self._gpus[gpu.gpu_id]
                     return False
         return True
@@ -131,59 +190,58 @@ class Prices:
         return room.victims if room is not None else None
 
     def _room(self, gpu: GpuState, missing_bytes: int, now_s: float, *, ahead: bool) -> _Room | None:
-        priced = self._priced(gpu, now_s)
-        ranked = [one for one in priced.values() if ahead or not one.resident.in_use]
-        lines = self._cluster.queue.models
-        unwanted = [one for one in ranked if one.resident.model not in lines]
-        for candidates in (unwanted, ranked):
-            if sum(one.resident.memory_bytes for one in candidates) >= missing_bytes:
-                victims = (_cheapest if len(candidates) <= MOST_COMPARED else _cheap)(candidates, missing_bytes)
-                room = _Room([one.resident for one in victims], sum(one.price_s for one in victims))
-                if gpu.work is None and len(unwanted) == len(priced):
-                    self._gpus[gpu.gpu_id].rooms[missing_bytes] = room
-                return room
-        return None
+        prices = self._of(gpu, now_s)
+        ranked, lines = prices.ranked, self._cluster.queue.models
+        if ranked is None:
+            ranked = prices.ranked = self._rank(gpu, now_s)
+        unwanted = ranked
+        for one in ranked:
+            if one.resident.in_use or one.resident.model in lines:
+                able = ranked if ahead else [one for one in ranked if not one.resident.in_use]
+                unwanted = [one for one in able if one.resident.model not in lines]
+                if sum([one.resident.memory_bytes for one in unwanted]) < missing_bytes:
+                    unwanted = able
+                return _cheapest_room(unwanted, missing_bytes)
+        room = prices.rooms.get(missing_bytes)
+        if room is None:
+            room = _cheapest_room(ranked, missing_bytes)
+            if room is not None:
+                prices.rooms[missing_bytes] = room
+        return room
 
     def another_copy_s(self, gpu: GpuState, model: str, now_s: float) -> float:
         """Waiting that one more copy, on a GPU as free as GPUs get, would save within the horizon.
 
         ``gpu``: one of the kind that would run it. The model has at least one copy.
         """
-        copies = self._cache.copies(model)
-        demand = self._demands.get(model)
-        if demand is None or demand.copies != copies or now_s >= demand.fresh_until_s:
-            demand = self._demands[model] = _Demand(copies, self._saving_s(gpu, model, copies, now_s), now_s)
-        return demand.saving_s
+        outlook = self.outlook(model, gpu, now_s)
+        if outlook.another_copy_s is None:
+            outlook.another_copy_s = self._saving_s(outlook, model, now_s)
+        return outlook.another_copy_s
 
-    def forget(self, model: str) -> None:
-        """The model is gone for good."""
-        self._demands.pop(model, None)
-
-    def _saving_s(self, gpu: GpuState, model: str, copies: int, now_s: float) -> float:
+    def _saving_s(self, outlook: Outlook, model: str, now_s: float) -> float:
+        copies = outlook.copies
         if copies > MANY_COPIES:
             return 0.0
-        runs_s = self._rates.per_s(model, now_s) * self._horizon_s(HORIZON_RUNS) * self._cluster.inference_s(model, gpu)
         now_busy = self._all_busy(model, None, now_s)
-        return runs_s * (now_busy / copies - now_busy * LEAST_UTILISATION / (copies + 1))
+        return self._runs_s(outlook) * (now_busy / copies - now_busy * LEAST_UTILISATION / (copies + 1))
 
     def _loss_s(self, gpu: GpuState, model: str, now_s: float) -> float:
         """The last copy: the next request pays a load, if it comes within the horizon. Another: more waiting."""
-        copies = self._cache.copies(model)
-        load_s = self._cluster.load_s(model, gpu)
-        rate = self._rates.per_s(model, now_s)
+        outlook = self.outlook(model, gpu, now_s)
+        copies = outlook.copies
         if copies == 1:
-            expected = rate * self._horizon_s(LAST_HORIZON_RUNS)
-            return load_s * expected / (1.0 + expected)
+            return outlook.last_copy_s
         if copies > MANY_COPIES:
             return 0.0
         without = self._all_busy(model, gpu, now_s)
         with_it = without * self.utilisation(gpu, now_s)
-        runs_s = rate * self._horizon_s(HORIZON_RUNS) * self._cluster.inference_s(model, gpu)
-        saved_s = runs_s * (without / (copies - 1) - with_it / copies)
-        return min(saved_s, load_s)
+        saved_s = self._runs_s(outlook) * (without / (copies - 1) - with_it / copies)
+        return min(saved_s, outlook.load_s)
 
-    def _horizon_s(self, runs: float) -> float:
-        return runs * self._cluster.profiles.typical_inference_s()
+    def _runs_s(self, outlook: Outlook) -> float:
+        """Seconds of running expected of a model within a copy's horizon."""
+        return outlook.per_s * HORIZON_RUNS * self._cluster.profiles.typical_inference_s() * outlook.run_s
 
     def _all_busy(self, model: str, but: GpuState | None, now_s: float) -> float:
         """Probability that every holder is busy, were they independent."""
@@ -205,28 +263,41 @@ class Prices:
         ):
             utilisation = 0.0
             for name in memory.residents:
-                rate = self._rates.per_s(name, now_s)
-                utilisation += rate * self._cluster.inference_s(name, gpu) / self._cache.copies(name)
+                utilisation += self.outlook(name, gpu, now_s).share
             utilisation = min(max(utilisation, LEAST_UTILISATION), MOST_UTILISATION)
-            prices = self._gpus[gpu.gpu_id] = _GpuPrices(memory, utilisation, now_s)
+            fresh_until_s = now_s + FRESH_SHARE * self._rates.history_s(now_s)
+            prices = self._gpus[gpu.gpu_id] = _GpuPrices(memory, utilisation, fresh_until_s)
         return prices
 
-    def _priced(self, gpu: GpuState, now_s: float) -> dict[str, PricedResident]:
+    def _rank(self, gpu: GpuState, now_s: float) -> list[PricedResident]:
         """The GPU's residents that may be lost, cheapest to lose first."""
-        prices = self._of(gpu, now_s)
-        if prices.priced is None:
-            ranked = [
-                PricedResident(self._loss_s(gpu, model, now_s), resident, self._cache.copies(model))
-                for model, resident in gpu.memory.residents.items()
-                if not resident.pinned
-            ]
+        copies = self._cache.copies
+        ranked = [
+            PricedResident(self._loss_s(gpu, model, now_s), resident, copies(model))
+            for model, resident in gpu.memory.residents.items()
+            if not resident.pinned
+        ]
+        if len(ranked) > 1:
             ranked.sort(key=_by_price)
-            prices.priced = {one.resident.model: one for one in ranked}
-        return prices.priced
+        return ranked
 
 
 def _by_price(priced: PricedResident) -> float:
     return priced.price_s
+
+
+def _cheapest_room(ranked: Sequence[PricedResident], missing_bytes: int) -> _Room | None:
+    """The cheapest way to make room of these residents; None if they are too small."""
+    held_bytes = 0
+    for one in ranked:
+        held_bytes += one.resident.memory_bytes
+    if held_bytes < missing_bytes:
+        return None
+    victims = (_cheapest if len(ranked) <= MOST_COMPARED else _cheap)(ranked, missing_bytes)
+    price_s = 0.0
+    for one in victims:
+        price_s += one.price_s
+    return _Room([one.resident for one in victims], price_s)
 
 
 def _cheap(ranked: Sequence[PricedResident], missing_bytes: int) -> list[PricedResident]:

@@ -120,7 +120,7 @@ class Profiles:
         known = self._loads.get((model, kind)) or self._load(model, kind)
         if known.value is not None:
             return known.value
-        return self._any_load.value if self._any_load.value is not None else DEFAULT_LOAD_S
+        return self.typical_load_s()
 
     def restore_s(self, model: str, kind: str) -> float:
         """Expected seconds from WARM to HOT."""
@@ -153,6 +153,10 @@ class Profiles:
     def typical_inference_s(self) -> float:
         """Seconds of a request of no model in particular."""
         return self._any_run.mean if self._any_run.mean is not None else DEFAULT_INFERENCE_S
+
+    def typical_load_s(self) -> float:
+        """Seconds of a load of no model in particular."""
+        return self._any_load.value if self._any_load.value is not None else DEFAULT_LOAD_S
 
     def observe_load(self, model: str, kind: str, seconds: float) -> None:
         (self._loads.get((model, kind)) or self._load(model, kind)).observe(seconds)

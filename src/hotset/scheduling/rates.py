@@ -39,14 +39,19 @@ class ArrivalRates:
     def forget(self, model: str) -> None:
         self._counts.pop(model, None)
 
+    def history_s(self, now_s: float) -> float:
+        """Seconds of arrivals that the rates rest on."""
+        if self._since_s is None:
+            return LEAST_HISTORY_S
+        return max(MEMORY_S * (1.0 - exp((self._since_s - now_s) / MEMORY_S)), LEAST_HISTORY_S)
+
     def per_s(self, model: str, now_s: float) -> float:
         """Expected requests per second; 0 for a model never asked for."""
         count = self._counts.get(model)
-        if count is None or self._since_s is None:
+        if count is None:
             return 0.0
         # The counts' weights add up to rate x memory once history is long, to rate x history while it is short.
-        history_s = MEMORY_S * (1.0 - exp((self._since_s - now_s) / MEMORY_S))
-        return count.weight * exp((count.at_s - now_s) / MEMORY_S) / max(history_s, LEAST_HISTORY_S)
+        return count.weight * exp((count.at_s - now_s) / MEMORY_S) / self.history_s(now_s)
 
     def last_s(self, model: str) -> float | None:
         """When the model was last asked for; None: never."""

@@ -316,6 +316,7 @@ class Scheduler:
     def _model_loaded(self, event: ModelLoaded, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
         self.profiles.observe_load(event.model, gpu.kind, event.load_s)
+        self.cluster.prices.forget(event.model)  # its load was a guess before
         self._became_hot(gpu, event.model, event.load_s, event.memory_bytes, now_s)
 
     def _model_restored(self, event: ModelRestored, now_s: float) -> None:

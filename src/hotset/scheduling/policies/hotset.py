@@ -9,6 +9,7 @@ import msgspec
 
 from hotset.scheduling.cluster import Cluster, GpuState
 from hotset.scheduling.policies.interface import Placement, PolicySettings, Rule
+from hotset.scheduling.prices import Outlook
 from hotset.scheduling.queue import Entry
 
 MOST_NEW = 3
@@ -20,12 +21,14 @@ MOST_LINES = 32
 first."""
 MOST_COPIED = 8
 """Of these, the models that are considered for a further copy."""
-MOST_PRICED = 2
+MOST_PRICED = 4
 """Models for which one decision looks for the cheapest GPU."""
 MOST_HELPED = 16
 """Requests of one line for which the use of a further copy is worked out."""
-HEAD_START_S = 2.0
-"""Added to a line's age: a young line of many requests is worth a load before an old line of one."""
+HEAD_START_LOADS = 0.7
+"""Added to a line's age, in typical loads: a young line of many requests is worth a load before an old line of one."""
+RELOAD_PRICE = 2.0
+"""GPU time that a second of the victims' callers' waiting stands for: they wait, and a GPU loads, for whom it loses."""
 GPU_TIME_PRICE = 0.3
 """Waiting that a second of an idle GPU's time, spent on a load that could be done without, causes elsewhere."""
 URGENCY = 1.5
@@ -44,19 +47,40 @@ class _Load(msgspec.Struct, frozen=True, gc=False):
     """With what the callers of the other residents would pay, as the GPU is not theirs meanwhile."""
 
 
-class _Candidate(msgspec.Struct, gc=False):
-    """A model that is worth a load."""
+class _Line(msgspec.Struct, gc=False):
+    """A line that waits for a model that no GPU holds."""
 
-    model: str
+    outlook: Outlook
+    waiting_s: float
+    """What it has to end: requests times age."""
+    gpu_s: float
+    """GPU time that this takes: a load, and a run for each request."""
+    most_worth: float
+    """Waiting ended per second of GPU time, were room free."""
+
+
+class _Option(msgspec.Struct, frozen=True, gc=False):
+    """A line and the cheapest place for its model."""
+
+    outlook: Outlook
+    load: _Load
+    worth: float
+    """Waiting ended per second of GPU time, its victims' reloads counted in."""
+
+
+class _Candidate(msgspec.Struct, gc=False):
+    """A model that is worth a further copy."""
+
+    outlook: Outlook
     worth: float
     """Per second of GPU time; to compare candidates by."""
-    most_s: float = math.inf
+    most_s: float
     """Most that its victims' callers may pay for it."""
-    urgent_s: float = 0.0
+    urgent_s: float
     """What it gains besides where room costs nobody anything."""
-    place: int = 0
+    place: int
     """Of the request, in its line, that the load is for."""
-    wait_s: float = 0.0
+    wait_s: float
     """Until a holder could start that line."""
 
 
@@ -115,7 +139,8 @@ class Hotset:
             entry = line[0]
             gpu = cluster.idle_holder(entry.model)
             if gpu is None:
-                load = self._cheapest_load(cluster, entry.model, now_s)
+                outlook = cluster.prices.outlook(entry.model, next(iter(cluster.idle)), now_s)
+                load = self._cheapest_load(cluster, outlook, now_s)
                 gpu = load.gpu if load is not None else cluster.first_idle(entry.model)
             if gpu is not None:
                 return Placement(entry, gpu, Rule.OLDEST_FIRST)
@@ -124,17 +149,18 @@ class Hotset:
     def _hit(self, cluster: Cluster, head: Entry, now_s: float) -> Placement | None:
         """The oldest request that needs no load, on the holder that the others' models can best spare."""
         best: Entry | None = None
-        lines = cluster.queue.models
         # What could be a hit was one at once: only GPUs that have just become idle and lines that have just begun are
         # new, and both stand last.
-        for model in islice(reversed(lines), MOST_NEW):
-            entry = lines[model][0]
-            if (best is None or entry.seq < best.seq) and cluster.idle_holder(model) is not None:
-                best = entry
         for gpu in islice(reversed(cluster.idle), MOST_NEW):
             hit = cluster.first_waiting_hit(gpu)
             if hit is not None and (best is None or hit.seq < best.seq):
                 best = hit
+        if len(cluster.idle) > MOST_NEW:
+            lines = cluster.queue.models
+            for model in islice(reversed(lines), MOST_NEW):
+                entry = lines[model][0]
+                if (best is None or entry.seq < best.seq) and cluster.idle_holder(model) is not None:
+                    best = entry
         if best is None:
             return None
         rule = Rule.HIT_ELSEWHERE if best is head else Rule.OUT_OF_ORDER_HIT
@@ -143,26 +169,27 @@ class Hotset:
     def _miss(self, cluster: Cluster, head: Entry, models: list[str], now_s: float) -> Placement | None:
         """Load a model that no GPU holds, unless a better place for it is about to be free.
 
-        The one first that ends the most waiting per second of GPU time.
+        The one first that ends the most waiting per second of GPU time, its victims' reloads counted in.
         """
-        gpu, lines = next(iter(cluster.idle)), cluster.queue.models
-        candidates: list[_Candidate] = []
-        for model in models:
-            if cluster.first_idle(model) is None:
-                continue
-            line = lines[model]
-            count = len(line)
-            gpu_s = cluster.load_s(model, gpu) + count * cluster.each_s(model, gpu, count)
-            age_s = now_s - line[0].request.arrival_s + HEAD_START_S
-            candidates.append(_Candidate(model, count * age_s / gpu_s if gpu_s else math.inf))
-        for candidate in _best(candidates):
-            load = self._cheapest_load(cluster, candidate.model, now_s)
-            if load is not None and not self._worth_putting_off(cluster, candidate.model, load, now_s):
-                entry = lines[candidate.model][0]
-                return Placement(entry, load.gpu, Rule.CHEAPEST_ROOM, skips=entry is not head)
+        options: list[_Option] = []
+        most = 0.0
+        for line in _by_most_worth(cluster, models, now_s):
+            if line.most_worth <= most or len(options) == MOST_PRICED:
+                break
+            load = self._cheapest_load(cluster, line.outlook, now_s)
+            if load is not None:
+                gpu_s = line.gpu_s + RELOAD_PRICE * load.price_s
+                worth = line.waiting_s / gpu_s if gpu_s else math.inf
+                options.append(_Option(line.outlook, load, worth))
+                most = max(most, worth)
+        options.sort(key=_by_worth, reverse=True)
+        for option in options:
+            if not self._worth_putting_off(cluster, option.outlook, option.load, now_s):
+                entry = cluster.queue.models[option.outlook.model][0]
+                return Placement(entry, option.load.gpu, Rule.CHEAPEST_ROOM, skips=entry is not head)
         return None
 
-    def _worth_putting_off(self, cluster: Cluster, model: str, load: _Load, now_s: float) -> bool:
+    def _worth_putting_off(self, cluster: Cluster, outlook: Outlook, load: _Load, now_s: float) -> bool:
         """Whether a busy GPU will soon make room for so much less that waiting for it is cheaper.
 
         One that others already wait for does not count: it will be theirs.
@@ -175,7 +202,7 @@ class Hotset:
                 continue
             wait_s = max(gpu.busy_until_s - now_s, 0.0)
             if wait_s < load.total_s and lines.keys().isdisjoint(gpu.memory.residents):
-                other = _load_on(cluster, gpu, model, now_s)
+                other = _load_on(cluster, gpu, outlook, now_s)
                 if other is not None and wait_s + other.total_s < load.total_s:
                     return True
         return False
@@ -194,79 +221,107 @@ class Hotset:
                 return Placement(line[0], _most_spare_holder(cluster, model, now_s), Rule.HIT_ELSEWHERE, skips=skips)
             if cluster.is_spread(model):
                 continue
-            load_s = cluster.load_s(model, gpu)
+            outlook = prices.outlook(model, gpu, now_s)
+            load_s = outlook.load_s
             wait_s = _wait_for(cluster, holder, model, line[0], now_s)
             gain_s = prices.another_copy_s(gpu, model, now_s) - gpu_time_price * load_s
             urgent_s, helped = 0.0, 1
             if len(line) > 1 or wait_s > load_s:
-                inference_s = cluster.each_s(model, gpu, len(line))
-                saved_s, helped = _saved(len(line), wait_s, load_s, inference_s, cluster.cache.copies(model))
+                inference_s = _each_s(cluster, outlook, gpu, len(line))
+                saved_s, helped = _saved(len(line), wait_s, load_s, inference_s, outlook.copies)
                 gain_s += saved_s
                 if saved_s:
                     waited_s = now_s - line[0].request.arrival_s + wait_s
                     urgent_s = URGENCY * saved_s * waited_s / (load_s + inference_s or waited_s)
             if gain_s + urgent_s > 0.0:
                 worth = (gain_s + urgent_s) / load_s if load_s else math.inf
-                candidates.append(_Candidate(model, worth, gain_s, urgent_s, len(line) - helped, wait_s))
+                candidates.append(_Candidate(outlook, worth, gain_s, urgent_s, len(line) - helped, wait_s))
         for candidate in _best(candidates):
-            load = self._cheapest_load(cluster, candidate.model, now_s)
+            load = self._cheapest_load(cluster, candidate.outlook, now_s)
             if load is None:
                 continue
             if load.price_s < candidate.most_s + (0.0 if load.price_s else candidate.urgent_s):
-                entry = lines[candidate.model][candidate.place]
+                entry = lines[candidate.outlook.model][candidate.place]
                 skips = entry is not head
                 return Placement(entry, load.gpu, Rule.EXTRA_COPY, skips=skips, waited_s=candidate.wait_s)
         return None
 
-    def _cheapest_load(self, cluster: Cluster, model: str, now_s: float) -> _Load | None:
+    def _cheapest_load(self, cluster: Cluster, outlook: Outlook, now_s: float) -> _Load | None:
         """The idle GPU on which room for the model costs least; the one idle longest of equals."""
         while True:
             best: _Load | None = None
             for gpu in islice(cluster.idle, MOST_GPUS):
-                load = _load_on(cluster, gpu, model, now_s)
+                load = _load_on(cluster, gpu, outlook, now_s)
                 if load is not None and (best is None or load.total_s < best.total_s):
                     best = load
             if best is None or cluster.prices.is_current(best.gpu):
                 return best
 
 
-def _load_on(cluster: Cluster, gpu: GpuState, model: str, now_s: float) -> _Load | None:
+def _load_on(cluster: Cluster, gpu: GpuState, outlook: Outlook, now_s: float) -> _Load | None:
     """What a load on that GPU would cost others; None: there is no way to make room."""
-    memory, prices = gpu.memory, cluster.prices
-    known = cluster.models[model]
-    if memory.copying is not None or (known.max_copies is not None and not cluster.fits(gpu, model)):
+    memory, prices, price_s = gpu.memory, cluster.prices, 0.0
+    known = cluster.models[outlook.model]
+    if memory.copying is not None or (known.max_copies is not None and not cluster.fits(gpu, outlook.model)):
         return None
     missing_bytes = known.memory_bytes - memory.free_bytes - memory.parked_bytes
-    price_s = cluster.cache.eviction.price_s(memory, missing_bytes, now_s) if missing_bytes > 0 else 0.0
-    if price_s is None:
-        return None
+    if missing_bytes > 0:
+        room_s = cluster.cache.eviction.price_s(memory, missing_bytes, now_s)
+        if room_s is None:
+            return None
+        price_s = room_s
     # Whoever asks for the other residents meanwhile waits for half of the time, on average.
-    busy_s = cluster.load_s(model, gpu) + cluster.inference_s(model, gpu)
+    busy_s = outlook.run_s + cluster.load_s(outlook.model, gpu)
     return _Load(gpu, price_s, price_s + prices.utilisation(gpu, now_s) * busy_s / 2)
 
 
 def _look(cluster: Cluster) -> _Waiting:
     """The lines that a decision considers; all of them, where they are few."""
-    queue, copies = cluster.queue, cluster.cache.copies
+    queue, holders = cluster.queue, cluster.cache.held
     waiting = _Waiting([], [])
-    held = waiting.held
+    held, nowhere = waiting.held, waiting.nowhere
     for model in islice(queue.models, MOST_LINES):
-        (held if copies(model) else waiting.nowhere).append(model)
+        (held if model in holders else nowhere).append(model)
     if len(queue.models) > MOST_LINES:
         queue.set_back(held)
     del held[MOST_COPIED:]
     return waiting
 
 
+def _by_most_worth(cluster: Cluster, models: list[str], now_s: float) -> list[_Line]:
+    """Lines by what they would be worth were room free, best first; of equals the older one."""
+    queued, gpu = cluster.queue.models, next(iter(cluster.idle))
+    young_s = now_s + HEAD_START_LOADS * cluster.profiles.typical_load_s()
+    lines: list[_Line] = []
+    for outlook in cluster.prices.outlooks_of(models, gpu, now_s):
+        line = queued[outlook.model]
+        count = len(line)
+        waiting_s = count * (young_s - line[0].request.arrival_s)
+        gpu_s = outlook.load_s + count * _each_s(cluster, outlook, gpu, count)
+        lines.append(_Line(outlook, waiting_s, gpu_s, waiting_s / gpu_s if gpu_s else math.inf))
+    if len(lines) > 1:
+        lines.sort(key=_most_worth, reverse=True)
+    return lines
+
+
+def _each_s(cluster: Cluster, outlook: Outlook, gpu: GpuState, count: int) -> float:
+    """GPU time of each of so many requests; those of a model that batches share their runs."""
+    return outlook.run_s if count == 1 or not outlook.batches else cluster.each_s(outlook.model, gpu, count)
+
+
+def _most_worth(line: _Line) -> float:
+    return line.most_worth
+
+
 def _best(candidates: list[_Candidate]) -> list[_Candidate]:
     """The few most worthy, best first; of equals the one whose line is older."""
     if len(candidates) > 1:
         candidates.sort(key=_by_worth, reverse=True)
-        del candidates[MOST_PRICED:]
+        del candidates[2:]
     return candidates
 
 
-def _by_worth(candidate: _Candidate) -> float:
+def _by_worth(candidate: _Candidate | _Option) -> float:
     return candidate.worth
 
 
@@ -309,9 +364,14 @@ def _most_spare_holder(cluster: Cluster, model: str, now_s: float) -> GpuState:
     """Of the idle holders the one whose models are asked for least, so that the others stay free for theirs."""
     best = cluster.idle_holder(model)
     assert best is not None
+    holders = cluster.cache.holders(model)
+    if len(holders) == 1 or len(cluster.idle) == 1:
+        return best
     least = cluster.prices.utilisation(best, now_s)
-    for gpu_id in islice(cluster.cache.holders(model), MOST_GPUS):
+    for gpu_id in islice(holders, MOST_GPUS):
         gpu = cluster.gpus[gpu_id]
-        if gpu.work is None and cluster.prices.utilisation(gpu, now_s) < least:
-            best, least = gpu, cluster.prices.utilisation(gpu, now_s)
+        if gpu.work is None and gpu is not best:
+            utilisation = cluster.prices.utilisation(gpu, now_s)
+            if utilisation < least:
+                best, least = gpu, utilisation
     return best
