@@ -341,6 +341,12 @@ def test_keys_and_credentials_are_asked_for_as_over_http(tmp_path: Path) -> None
             with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
                 await client.get_model_repository_index()
             assert (await client.get_model_repository_index(headers=user)).models
+            with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+                await client.register_system_shared_memory("in", "/nothing", 8)
+            with pytest.raises(InferenceServerException, match="cannot be opened"):
+                await client.register_system_shared_memory("in", "/nothing", 8, headers=user)
+            assert not guard.admits("/v2/systemsharedmemory/region/in/register", [])
+            assert not guard.admits("/v2/cudasharedmemory/status", [])
 
             async def requests() -> AsyncIterator[dict[str, Any]]:
                 yield {"model_name": "scale", "inputs": [rows()]}

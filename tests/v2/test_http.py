@@ -246,6 +246,31 @@ def test_a_body_beyond_the_limit_is_never_held(tmp_path: Path) -> None:
     run(story)
 
 
+@pytest.mark.parametrize("size", [2, 30_000], ids=["small", "large"])
+def test_a_request_says_how_long_it_may_take(tmp_path: Path, size: int) -> None:
+    async def story() -> None:
+        async with World(tmp_path, Scale) as world:
+            rows = np.ones((size, 3), np.float32)
+
+            async def ask(timeout: Any, **headers: str) -> httpx.Response:
+                message = {"inputs": [tensor("rows", rows)], "parameters": {"timeout": timeout}}
+                return await world.infer("scale", message, rows.tobytes(), **headers)
+
+            for none in (0, 10_000_000):
+                assert (await ask(none)).status_code == 200
+            for wrong in (-1, 1.5, "1000", True, [1]):
+                refused = await ask(wrong)
+                assert refused.status_code == 400, wrong
+                assert "timeout" in error(refused)
+            world.node.held = []
+            for timeout, header in ((150_000, "30"), (30_000_000, "0.15")):
+                late = await ask(timeout, **{"X-Hotset-Timeout": header})
+                assert late.status_code == 504
+                assert late.elapsed.total_seconds() < 10  # not the thirty seconds
+
+    run(story)
+
+
 def test_paths_and_methods_that_are_not_the_protocols(tmp_path: Path) -> None:
     async def story() -> None:
         async with World(tmp_path, Scale) as world:

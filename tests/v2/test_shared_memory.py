@@ -13,6 +13,7 @@ import orjson
 import pytest
 from v2_world import Echo, World, run
 
+from hotset.gateway.v2 import shared_memory
 from hotset.gateway.v2.refusal import Refusal
 from hotset.gateway.v2.shared_memory import Place, Regions
 
@@ -70,6 +71,33 @@ def test_tensors_travel_through_regions_both_ways(tmp_path: Path, key: str) -> N
             assert cuda.status_code == 400
 
     run(story)
+
+
+def test_an_object_of_another_user_must_be_open_to_everybody(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    regions = Regions()
+    path = Path("/dev/shm", key[1:])
+    path.chmod(0o600)
+    regions.register("own", key, 0, 32)
+    monkeypatch.setattr(shared_memory.os, "geteuid", lambda: path.stat().st_uid + 1)
+    for mode in (0o600, 0o660, 0o664, 0o602):
+        path.chmod(mode)
+        with pytest.raises(Refusal, match="is another user's"):
+            regions.register("other", key, 0, 32)
+    path.chmod(0o666)
+    regions.register("other", key, 0, 32)
+    regions.close()
+
+
+def test_regions_are_bounded(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "MAX_REGIONS", 2)
+    regions = Regions()
+    for name in "ab":
+        regions.register(name, key, 0, 32)
+    with pytest.raises(Refusal, match="unregister one first"):
+        regions.register("c", key, 0, 32)
+    regions.unregister("a")
+    regions.register("c", key, 0, 32)
+    regions.close()
 
 
 def test_binary_and_shared_inputs_mix(tmp_path: Path, key: str) -> None:

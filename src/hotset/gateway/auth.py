@@ -21,7 +21,7 @@ from hotset.gateway.openfaas.naming import key_of
 from hotset.gateway.statuses import error_body
 from hotset.store.datastore import ApiKeyRecord
 
-PROTECTED = ("/system", "/ui", "/v2/repository")
+PROTECTED = ("/system", "/ui", "/v2/repository", "/v2/systemsharedmemory", "/v2/cudasharedmemory")
 """First parts of the paths that change or show what the server does."""
 CALLS = ("/function/", "/async-function/", "/v2/models/")
 """First parts of the paths that call a function, whose name comes next."""

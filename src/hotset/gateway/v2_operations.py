@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from hotset.gateway.auth import PROTECTED
 from hotset.gateway.operations import Answer, Operation, name_parameter
 
 _MODEL = name_parameter("The model: a function's name.", "model")
@@ -74,7 +75,7 @@ def _operation(route: _Route) -> Operation:
         parameters=tuple(parameter for mark, parameter in known if mark in route.path),
         body=dict[str, Any] if route.takes_json else None,
         answers={200: answer if route.answers_json else msgspec.structs.replace(answer, media=None)},
-        protected=route.path.startswith("/v2/repository"),
+        protected=route.path.startswith(PROTECTED),
     )
 
 

@@ -34,6 +34,8 @@ ENVELOPE_BYTES = 1 << 20
 """What a message may have beside its tensors."""
 OPEN_PER_STREAM = 64
 """Requests of one stream that are under way at once; a client that sends more waits."""
+_SHORTEST_S = 1e-3
+"""What a client whose deadline is about to pass is given: less than nothing is no time."""
 BUFFERED_RESPONSES = 16
 """Of one streamed request, before its function is held up."""
 
@@ -100,6 +102,8 @@ class GrpcServer:
             return
         if method.startswith("Repository"):
             path = "/v2/repository"
+        elif "SharedMemory" in method:
+            path = "/v2/systemsharedmemory"
         else:
             path = f"/v2/models/{getattr(request, 'model_name', '') or getattr(request, 'name', '')}"
         headers = [(key.encode(), value.encode()) for key, value in context.invocation_metadata() if type(value) is str]
@@ -193,7 +197,7 @@ class GrpcServer:
             self.check("ModelInfer", request, context)
             header, binary = request_parts(request)
             answer = await self._service.inference.infer(
-                request.model_name, request.model_version, header, binary, timeout_s=_timeout_s(request, context)
+                request.model_name, request.model_version, header, binary, timeout_s=_time_left_s(context)
             )
             return infer_response(answer)
         except Refusal as refusal:
@@ -285,12 +289,10 @@ async def _abort(context: Any, refusal: Refusal) -> None:
     await context.abort(code, str(refusal), metadata)
 
 
-def _timeout_s(request: Any, context: Any) -> float | None:
-    """The least of the call's deadline and the protocol's ``timeout`` parameter (microseconds)."""
-    limits = [context.time_remaining()]
-    if "timeout" in request.parameters:
-        limits.append(request.parameters["timeout"].int64_param / 1e6)
-    return min((limit for limit in limits if limit is not None and limit > 0), default=None)
+def _time_left_s(context: Any) -> float | None:
+    """Until the client's own deadline; None: it has none."""
+    left_s = context.time_remaining()
+    return None if left_s is None else max(float(left_s), _SHORTEST_S)
 
 
 def _snake(name: str) -> str:

@@ -20,6 +20,7 @@ from hotset.gateway.v2.shared_memory import Place, Regions
 from hotset.gateway.v2.statistics import Statistics
 
 _MARK = b"shared_memory_region"
+_TIMEOUT = b'"timeout"'
 _SHARED = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
 
 
@@ -123,7 +124,13 @@ class Inference:
         receive: Receive | None = None,
         deliver: Deliver | None = None,
     ) -> PendingCall:
-        """Hand the request to the control loop in the form that functions/v2.py describes."""
+        """Hand the request to the control loop in the form that functions/v2.py describes; raises ``Refusal`` (400).
+
+        Of ``timeout_s`` and the request's own ``timeout`` parameter the shorter counts.
+        """
+        own_s = _timeout_s(header) if _TIMEOUT in header else None
+        if own_s is not None:
+            timeout_s = own_s if timeout_s is None else min(own_s, timeout_s)
         content_type, accept = served.content_type, "*/*"
         body: bytes | memoryview = header
         if len(binary):
@@ -185,6 +192,24 @@ class Inference:
                     "shared_memory_byte_size": size,
                 }
         return Response(record=answer.record, header=msgspec.json.encode(message), binary=b"".join(rest))
+
+
+class _Head(msgspec.Struct, frozen=True):
+    parameters: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+_head = msgspec.json.Decoder(_Head)
+
+
+def _timeout_s(header: bytes) -> float | None:
+    """The schedule policy extension: how many microseconds the caller gives its request; 0: no limit of its own."""
+    try:
+        wanted = _head.decode(header).parameters.get("timeout", 0)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None  # the worker says what is wrong with it
+    if type(wanted) is not int or wanted < 0:
+        raise Refusal(400, "the parameter timeout must be a whole number of microseconds, 0 for none")
+    return wanted / 1e6 if wanted else None
 
 
 def no_streams(name: str) -> Refusal:

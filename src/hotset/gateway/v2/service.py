@@ -24,6 +24,7 @@ EXTENSIONS = (
     "model_configuration",
     "model_repository",
     "model_repository(unload_dependents)",
+    "schedule_policy",
     "statistics",
     "system_shared_memory",
     "trace",

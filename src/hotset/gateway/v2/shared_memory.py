@@ -17,6 +17,9 @@ import msgspec
 from hotset.gateway.v2.refusal import Refusal
 
 FOLDER = "/dev/shm"
+MAX_REGIONS = 1024
+"""Each holds a file descriptor of the server's."""
+_OPEN_TO_ALL = stat.S_IROTH | stat.S_IWOTH
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,255}")
 
 
@@ -59,10 +62,16 @@ class Regions:
         return [region.status for region in self._regions.values()]
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        """Open a shared-memory object; raises ``Refusal`` (400) with what to do."""
+        """Open a shared-memory object; raises ``Refusal`` (400) with what to do.
+
+        Only one that the server's own user made, or that is open to everybody: a client must not reach through the
+        server what it could not reach itself.
+        """
         _check_name(name)
         if name in self._regions:
             raise Refusal(400, f"shared memory region {name!r} is registered already: unregister it first")
+        if len(self._regions) >= MAX_REGIONS:
+            raise Refusal(400, f"{MAX_REGIONS} shared memory regions are registered already: unregister one first")
         object_name = key.removeprefix("/")
         if not _NAME.fullmatch(object_name) or object_name in (".", ".."):
             raise Refusal(400, f"key {key[:80]!r} is no name of a shared memory object: use one such as /tensors")
@@ -74,6 +83,13 @@ class Regions:
         except OSError as error:
             raise Refusal(400, f"shared memory object {key!r} cannot be opened: {error.strerror}") from None
         found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid() and found.st_mode & _OPEN_TO_ALL != _OPEN_TO_ALL:
+            os.close(descriptor)
+            raise Refusal(
+                400,
+                f"shared memory object {key!r} is another user's: create it as the user that runs the server, or let "
+                "everybody read and write it",
+            )
         if not stat.S_ISREG(found.st_mode) or offset + byte_size > found.st_size:
             os.close(descriptor)
             raise Refusal(400, f"shared memory object {key!r} has fewer than {offset + byte_size} bytes")
