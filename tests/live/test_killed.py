@@ -19,11 +19,12 @@ from hotset.scheduling.profiles import DEFAULT_LOAD_S
 DOUBLE = """
 import os
 import hotset
+import numpy
 
 @hotset.function(gpu_memory="10MiB")
 class Double:
     def load(self, device: str) -> None:
-        self.share = bytearray(1 << 20)
+        self.share = numpy.ones(10 << 17)  # what it takes is measured: 10 MiB
         self.offset = int(os.environ["OFFSET"])
 
     def predict(self, value: int) -> int:
@@ -80,6 +81,9 @@ def test_gpu_processes_are_killed_at_random_and_every_call_is_answered(tmp_path:
         state = server.state()
         assert (state["waiting"], state["healthy"]) == (0, True)
         assert sum(function["errors"] for function in state["functions"]) == 0
+        # Each GPU has room for three of the eight, and killing ten processes explains ten loads.
+        assert sum(function["misses"] for function in state["functions"]) > FUNCTIONS + len(killed)
+        assert sum(function["evictions"] + function["offloads"] for function in state["functions"]) > 0
 
 
 def test_a_killed_server_leaves_no_process_and_comes_back_with_all_it_knew(tmp_path: Path) -> None:

@@ -1,0 +1,188 @@
+"""The copies that park a CUDA model and bring it back, with tensors on the CPU in their place."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hotset.node.worker import residency
+from hotset.node.worker.memory import reachable
+from hotset.node.worker.residency import CannotPark, Residency, Slab, Weights
+
+
+class Holder:
+    """Weights as functions hold them: tied, viewed, of every kind, in modules and beside them."""
+
+    def __init__(self) -> None:
+        self.net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 16))
+        self.net[2].weight = self.net[0].weight
+        self.half = torch.randn(7, 3).half()
+        self.row = self.half[2]
+        self.turned = torch.arange(12).view(3, 4).t()
+        self.nothing = torch.empty(0)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return list(reachable(self).tensors)
+
+
+@contextlib.contextmanager
+def parked(tensors: list[torch.Tensor]) -> Iterator[Weights]:
+    """Inside, the weights are in a slab; afterwards they are back."""
+    weights = Weights(tensors)
+    slab = Slab(weights.size_bytes, pinned=False)
+    try:
+        weights.leave(slab.tensor, contextlib.nullcontext())
+        yield weights
+        weights.come_back(slab.tensor, contextlib.nullcontext())
+    finally:
+        slab.close()
+
+
+def test_the_very_same_values_come_back_into_the_very_same_tensors() -> None:
+    holder = Holder()
+    before = [each.clone() for each in holder.tensors()]
+    given_objects = [id(each) for each in holder.tensors()]
+    words = torch.randn(4, 16)
+    answer = holder.net.eval()(words)
+    with parked(holder.tensors()):
+        assert sum(each.untyped_storage().nbytes() for each in holder.tensors()) == 0
+    assert [id(each) for each in holder.tensors()] == given_objects
+    for one, other in zip(holder.tensors(), before, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert torch.equal(one, other)
+    assert torch.equal(holder.net(words), answer)
+    assert holder.turned.stride() == (1, 4)
+
+
+def test_what_shared_memory_shares_it_again() -> None:
+    holder = Holder()
+    storages = {each.untyped_storage().data_ptr() for each in holder.tensors() if each.numel()}
+    with parked(holder.tensors()) as weights:
+        assert len(weights._storages) == len(storages)
+    assert holder.net[2].weight is holder.net[0].weight
+    assert holder.row.data_ptr() == holder.half[2].data_ptr()
+    holder.half.fill_(1)
+    assert holder.row.eq(1).all()
+
+
+def test_gradients_and_flags_are_left_alone() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    with parked([parameter, frozen]):
+        pass
+    assert (parameter.requires_grad, frozen.requires_grad) == (True, False)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([torch.float32, torch.int8, torch.float64, torch.bool]), st.integers(0, 2000)),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_any_sizes_fit_the_slab_without_overlap(kinds: list[tuple[torch.dtype, int]]) -> None:
+    tensors = [torch.randint(0, 2, (size,)).to(dtype) for dtype, size in kinds]
+    before = [each.clone() for each in tensors]
+    weights = Weights(tensors)
+    assert weights.size_bytes % 512 == 0
+    if not weights.size_bytes:
+        return
+    with parked(tensors):
+        pass
+    assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.eye(3).to_sparse(), torch.ones(3).as_subclass(type("Own", (torch.Tensor,), {}))]
+)
+def test_what_is_more_than_plain_memory_is_not_parked(tensor: torch.Tensor) -> None:
+    with pytest.raises((CannotPark, NotImplementedError)):
+        Weights([tensor])
+
+
+class FakeCuda:
+    """``torch.cuda`` as far as parking calls it."""
+
+    def __init__(self, refuses: int = 0) -> None:
+        self.calls: list[str] = []
+        self.refuses = refuses
+
+    def cudart(self) -> FakeCuda:
+        return self
+
+    def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
+        self.calls.append("register")
+        return self.refuses
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.calls.append("unregister")
+        return 0
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
+    def Stream(self) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=lambda: self.calls.append("stream done"))
+
+    @contextlib.contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        self.calls.append("on its stream")
+        yield
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def empty_cache(self) -> None:
+        self.calls.append("empty_cache")
+
+    def memory_reserved(self) -> int:
+        return 7
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    monkeypatch.setattr(sys.modules["torch"], "cuda", fake)
+    return fake
+
+
+def test_a_slab_is_pinned_where_the_driver_agrees_and_released_once(cuda: FakeCuda) -> None:
+    slab = Slab(4096, pinned=True)
+    assert slab.pinned
+    slab.close()
+    assert cuda.calls == ["register", "unregister"]
+    cuda.refuses = 1
+    slab = Slab(4096, pinned=True)
+    assert not slab.pinned
+    slab.close()
+    assert cuda.calls == ["register", "unregister", "register"]
+
+
+def test_a_cuda_model_is_parked_and_comes_back(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    holder = Holder()
+    before = [each.clone() for each in holder.tensors()]
+    slab_bytes = Weights(holder.tensors()).size_bytes
+    model = Residency(holder, "cuda:0", memory_bytes=99)
+    away = model.offload()
+    assert (away.device_bytes, away.host_bytes) == (7, slab_bytes)
+    # All that ran is over before the copies begin, and they are done before the memory goes back.
+    assert cuda.calls == ["register", "synchronize", "on its stream", "stream done", "empty_cache"]
+    assert sum(each.untyped_storage().nbytes() for each in holder.tensors()) == 0
+    back = model.restore()
+    assert (back.device_bytes, back.host_bytes) == (7, 0)
+    assert cuda.calls[5:] == ["synchronize", "on its stream", "stream done", "unregister"]
+    assert all(torch.equal(one, other) for one, other in zip(holder.tensors(), before, strict=True))
+
+
+def test_a_model_without_tensors_on_the_gpu_cannot_be_parked(cuda: FakeCuda) -> None:
+    with pytest.raises(CannotPark, match="give its class offload and restore"):
+        residency.Residency(SimpleNamespace(words=["a"]), "cuda:0", 1).offload()
