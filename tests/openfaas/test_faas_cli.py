@@ -265,14 +265,14 @@ def test_namespaces(tmp_path):
         await deploy(faas, "show", namespace="dev", envProcess="cat /var/openfaas/secrets/key", secrets=["key"])
         assert (await faas.http.post("/function/show.dev")).text == "of dev"
         assert (await faas.get("/system/logs", name="show", namespace="dev", follow="false")).status_code == 200
-        assert (await faas.send("DELETE", "/system/namespace/dev", {"name": "dev"})).status_code == 400
+        assert (await faas.send("DELETE", "/system/namespace/dev", {"name": "dev"})).status_code == 409
         await faas.send("DELETE", "/system/functions", {"functionName": "show", "namespace": "dev"})
         assert (await faas.send("DELETE", "/system/namespace/dev", {"name": "dev"})).status_code == 202
         assert (await faas.send("DELETE", "/system/namespace/dev", {"name": "dev"})).status_code == 404
         assert (await faas.get("/system/namespace/dev")).status_code == 404
         assert (await faas.get("/system/namespace/openfaas-fn")).json()["name"] == "openfaas-fn"
         for method in ("PUT", "DELETE"):
-            assert (await faas.send(method, "/system/namespace/openfaas-fn", {})).status_code == 400
+            assert (await faas.send(method, "/system/namespace/openfaas-fn", {})).status_code == 409
         assert (await faas.send("POST", "/system/namespace/", {"name": "No.Name"})).status_code == 400
 
     serving(story, tmp_path)
@@ -331,7 +331,7 @@ def test_image_names(tmp_path):
         assert (await faas.send("DELETE", "/system/images/me/tool")).status_code == 202
         assert (await faas.send("DELETE", "/system/images/me/tool")).status_code == 404
         assert (await faas.send("PUT", "/system/images/No Name", {"digest": digest})).status_code == 400
-        assert (await faas.send("PUT", "/system/images/a", {"digest": "0" * 64})).status_code == 400
+        assert (await faas.send("PUT", "/system/images/a", {"digest": "0" * 64})).status_code == 404
 
     serving(story, tmp_path)
 

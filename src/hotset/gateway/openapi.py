@@ -64,7 +64,10 @@ def _described(operation: Operation, known: dict[str, Any]) -> dict[str, Any]:
     if operation.parameters:
         described["parameters"] = [_parameter(each) for each in operation.parameters]
     if operation.body is not None:
-        described["requestBody"] = {"required": True, "content": {JSON: {"schema": known[repr(operation.body)]}}}
+        described["requestBody"] = {
+            "required": operation.body_required,
+            "content": {JSON: {"schema": known[repr(operation.body)]}},
+        }
     elif operation.raw_body is not None:
         described["requestBody"] = {"content": {operation.raw_body: {"schema": {}}}}
     if operation.protected:

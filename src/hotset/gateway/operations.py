@@ -47,6 +47,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     parameters: tuple[Parameter, ...] = ()
     body: Any = None
     """Type of a JSON body; None: it takes none."""
+    body_required: bool = True
     raw_body: str | None = None
     """Media type of a body that is no JSON document."""
     answers: Mapping[int, Answer] = msgspec.field(default_factory=lambda: {200: Answer(text="It is in the body.")})
@@ -54,7 +55,11 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """Asks for credentials when the server has any."""
 
 
-NAMESPACE = Parameter(name="namespace", text="Where to look; the default namespace when it is left out.")
+NAMESPACE = Parameter(
+    name="namespace",
+    text="Where to look; the default namespace when it is left out.",
+    schema={"type": "string", "pattern": "^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?$"},
+)
 
 
 def name_parameter(text: str, name: str = "name", pattern: str = "^[-a-zA-Z_0-9.]+$") -> Parameter:

@@ -29,6 +29,7 @@ from hotset.gateway.openapi import document
 from hotset.gateway.openfaas.asynchronous import AsyncApi
 from hotset.gateway.openfaas.calls import CALLS
 from hotset.gateway.openfaas.functions import FunctionsApi
+from hotset.gateway.openfaas.images import NAME_PATTERN
 from hotset.gateway.openfaas.info import InfoApi, Role, Telemetry
 from hotset.gateway.openfaas.metrics import FunctionGauges, GatewayCollector, HttpCollector, QueueCollector
 from hotset.gateway.openfaas.namespaces import Namespaces
@@ -58,7 +59,7 @@ from hotset.store.datastore import BundleRecord, FunctionRecord, ImageRecord
 from hotset.store.secrets import Secrets
 
 _DIGEST = name_parameter("SHA-256 of its content.", "digest", "^[0-9a-f]{64}$")
-_IMAGE = name_parameter("REPOSITORY[:TAG].", "name", "^.+$")
+_IMAGE = name_parameter("REPOSITORY[:TAG].", "name", NAME_PATTERN)
 
 
 class ImageRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,8 +111,8 @@ class SystemApi:
             *Dashboard().operations(),
             *self._own(),
         ]
-        self._described = [*self.operations, *CALLS, *described]
         self._document: bytes | None = None
+        self._described = [*self.operations, *CALLS, *described]
 
     def application(self) -> Any:
         """ASGI, with the provider's request metrics around it."""
@@ -243,7 +244,7 @@ class SystemApi:
 
     async def has_bundle(self, request: Request) -> Response:
         if request.path_params["digest"] not in self._deployments.bundles:
-            raise HTTPException(404, "there is no such bundle: PUT it here")
+            raise _no_bundle()
         return Response(status_code=200)
 
     async def upload(self, request: Request) -> Response:
@@ -255,6 +256,8 @@ class SystemApi:
 
     async def name_image(self, request: Request) -> Response:
         wanted = await read_json(request, ImageRequest)
+        if wanted.digest not in self._deployments.bundles:
+            raise _no_bundle()
         bundle = self._deployments.bundle(wanted.digest)
         image = await asyncio.to_thread(self._deployments.images.push, request.path_params["name"], bundle)
         return json_response(image, status=201)
@@ -316,7 +319,13 @@ class SystemApi:
         uses = await asyncio.to_thread(used, readings.pids(control))
         gauges = [self._gauges(record, uses) for record in self._deployments.records.values()]
         body, content_type = exposition(
-            HotsetCollector(functions, readings.gpu_metrics(control), readings.waiting(control), control.lost_gpus),
+            HotsetCollector(
+                functions,
+                readings.gpu_metrics(control),
+                readings.waiting(control),
+                control.lost_gpus,
+                readings.prefetches(control),
+            ),
             GatewayCollector(functions, gauges),
             HttpCollector(self._requests, functions, gauges),
             self._requests,
@@ -356,6 +365,10 @@ class SystemApi:
     def _counts(self) -> dict[str, int]:
         totals = {each.function: each.total for each in self._control.functions.metrics()}
         return {name_of(name).full: totals.get(name, 0) for name in self._deployments.records}
+
+
+def _no_bundle() -> HTTPException:
+    return HTTPException(404, "there is no such bundle: PUT it to /system/bundles/DIGEST")
 
 
 def _is_of(line: LogLine, instance: str | None) -> bool:

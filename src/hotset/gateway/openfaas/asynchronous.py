@@ -56,7 +56,7 @@ class AsyncApi:
             name="X-Callback-Url",
             where="header",
             text="Where the answer is sent.",
-            schema={"type": "string", "format": "uri", "pattern": "^(https?://[a-zA-Z0-9.-]+(/[a-zA-Z0-9/._-]*)?)?$"},
+            schema={"type": "string", "pattern": "^(https?://[a-zA-Z0-9.-]+(/[a-zA-Z0-9/._-]*)?)?$"},
         )
         return [
             *(

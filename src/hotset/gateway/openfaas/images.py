@@ -20,7 +20,9 @@ from hotset.store.bundles import Bundles, make_bundle
 from hotset.store.datastore import BundleRecord, Datastore, ImageRecord
 
 _DIGEST = re.compile(r"(?:.+@)?sha256:([0-9a-f]{64})")
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(?::[0-9]{1,5})?(?:/[a-z0-9][a-z0-9._-]*)*(?::[\w][\w.-]{0,127})?", re.ASCII)
+NAME_PATTERN = "^[a-z0-9][a-z0-9._-]*(:[0-9]{1,5})?(/[a-z0-9][a-z0-9._-]*)*(:[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?$"
+"""``HOST:PORT/REPOSITORY:TAG``."""
+_NAME = re.compile(NAME_PATTERN)
 
 
 class Images:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hotset.gateway.openfaas.naming import DEFAULT_NAMESPACE, Name, check_namespace_name, name_of, read_name
-from hotset.gateway.openfaas.types import FunctionNamespace
+from hotset.gateway.openfaas.types import FunctionNamespace, NewNamespace
 from hotset.gateway.operations import ACCEPTED, Answer, Operation, name_parameter
 from hotset.gateway.web import accepted, json_response, read_json
 from hotset.store.datastore import Datastore, NamespaceRecord
@@ -30,18 +30,19 @@ class Namespaces:
     def __contains__(self, namespace: str) -> bool:
         return namespace == DEFAULT_NAMESPACE or namespace in self._made
 
-    def check(self, namespace: str | None) -> str:
-        """The namespace that is meant; 400 when there is none of that name."""
+    def check(self, namespace: str | None, refusal: int = 400) -> str:
+        """The namespace that is meant; ``refusal``: status where there is none of that name."""
         if not namespace:
             return DEFAULT_NAMESPACE
         if namespace not in self:
-            raise HTTPException(400, f"there is no namespace {namespace[:80]!r}: make it, or use {DEFAULT_NAMESPACE}")
+            message = f"there is no namespace {namespace[:80]!r}: make it, or use {DEFAULT_NAMESPACE}"
+            raise HTTPException(refusal, message)
         return namespace
 
     def function(self, name: str, *given: str | None) -> Name:
         """The function that is meant; ``given``: namespaces beside the name, the first that says something counts."""
         apart = next((each for each in given if each), None)
-        return read_name(name, self.check(apart) if apart else None)
+        return read_name(name, apart)
 
     def operations(self) -> list[Operation]:
         return [
@@ -60,7 +61,7 @@ class Namespaces:
                     handler=self.make,
                     summary="Make a namespace; its name is in the body",
                     tag="namespaces",
-                    body=FunctionNamespace,
+                    body=NewNamespace,
                     answers={201: Answer(text="It is there.", media=None)},
                 )
                 for path in ("/system/namespace/", "/system/namespace")
@@ -99,7 +100,7 @@ class Namespaces:
         return json_response([DEFAULT_NAMESPACE, *sorted(self._made)])
 
     async def make(self, request: Request) -> Response:
-        wanted = await read_json(request, FunctionNamespace)
+        wanted = await read_json(request, NewNamespace)
         name = check_namespace_name(wanted.name)
         if name in self:
             raise HTTPException(409, f"there is a namespace {name!r} already")
@@ -115,7 +116,7 @@ class Namespaces:
         name = request.path_params["name"]
         wanted = await read_json(request, FunctionNamespace)
         if name == DEFAULT_NAMESPACE:
-            raise HTTPException(400, f"{DEFAULT_NAMESPACE} is always there and has no labels: make another namespace")
+            raise HTTPException(409, f"{DEFAULT_NAMESPACE} is always there and has no labels: make another namespace")
         self._record(name)
         await self._save(name, wanted)
         return accepted()
@@ -123,10 +124,10 @@ class Namespaces:
     async def remove(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name == DEFAULT_NAMESPACE:
-            raise HTTPException(400, f"{DEFAULT_NAMESPACE} is always there: remove its functions instead")
+            raise HTTPException(409, f"{DEFAULT_NAMESPACE} is always there: remove its functions instead")
         self._record(name)
         if any(name_of(key).namespace == name for key in self._in_use()):
-            raise HTTPException(400, f"the namespace {name!r} has functions: remove them first")
+            raise HTTPException(409, f"the namespace {name!r} has functions: remove them first")
         self._made.pop(name, None)
         await asyncio.to_thread(self._store.remove_named, NamespaceRecord, name)
         return accepted()

@@ -69,7 +69,7 @@ class SecretsApi:
         ]
 
     async def listed(self, request: Request) -> Response:
-        namespace = self._namespaces.check(request.query_params.get("namespace"))
+        namespace = self._namespaces.check(request.query_params.get("namespace"), 404)
         names = await asyncio.to_thread(self._secrets.names, namespace)
         return json_response([SecretName(name=name, namespace=namespace) for name in names])
 
@@ -96,7 +96,7 @@ class SecretsApi:
     async def _read(self, request: Request) -> tuple[Secret, str]:
         secret = await read_json(request, Secret, _MOST_BYTES)
         check_secret_name(secret.name)
-        return secret, self._namespaces.check(secret.namespace or request.query_params.get("namespace"))
+        return secret, self._namespaces.check(secret.namespace or request.query_params.get("namespace"), 404)
 
     async def _save(self, secret: Secret, namespace: str) -> None:
         value = secret.raw_value if secret.raw_value is not None else (secret.value or "").encode()

@@ -16,6 +16,7 @@ Strings = Mapping[str, str]
 # The patterns are described here and checked in naming.py, whose errors say what to do.
 Label = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"})]
 SecretKey = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": "^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"})]
+_BASE64 = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 Given = Annotated[str, msgspec.Meta(extra_json_schema={"minLength": 1})]
 
 
@@ -50,7 +51,7 @@ class FunctionDeployment(msgspec.Struct, frozen=True, kw_only=True, rename="came
     """What ``POST`` and ``PUT /system/functions`` take."""
 
     service: Label
-    image: str = ""
+    image: Given = ""
     namespace: str | None = None
     env_process: str | None = None
     env_vars: Strings | None = None
@@ -163,7 +164,7 @@ class Secret(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     name: SecretKey
     namespace: str | None = None
     value: str | None = None
-    raw_value: bytes | None = None
+    raw_value: Annotated[bytes, msgspec.Meta(extra_json_schema={"pattern": _BASE64})] | None = None
 
 
 class SecretName(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,9 +175,15 @@ class SecretName(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FunctionNamespace(msgspec.Struct, frozen=True, kw_only=True):
-    name: Label = ""
+    name: str = ""
     annotations: Strings | None = None
     labels: Strings | None = None
+
+
+class NewNamespace(FunctionNamespace, frozen=True, kw_only=True):
+    """One to be made, which has to have a name."""
+
+    name: Label
 
 
 class AlertStatus(Enum):

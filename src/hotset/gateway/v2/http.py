@@ -171,7 +171,7 @@ class V2Http:
         handler, methods, variables = self._find(parts)
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         if method not in methods:
-            raise Refusal(405, f"{scope['path'][:200]} takes {' or '.join(methods)}")
+            raise Refusal(405, f"{scope['path'][:200]} takes {' or '.join(methods)}", allow=methods)
         body = b""
         if method == "POST":
             headers = dict(scope["headers"])
@@ -257,7 +257,7 @@ class V2Http:
 
     async def _system_register(self, variables: list[str], body: bytes) -> None:
         try:
-            wanted = msgspec.convert(_object(body), _Registration)
+            wanted = msgspec.convert(_object(body), Registration)
         except msgspec.ValidationError as error:
             raise Refusal(400, f"the registration cannot be read: {error}") from None
         self._service.regions.register(variables[0], wanted.key, wanted.offset, wanted.byte_size)
@@ -275,7 +275,7 @@ class V2Http:
         """There is none, so none is left: what the protocol asks for."""
 
 
-class _Registration(msgspec.Struct, frozen=True):
+class Registration(msgspec.Struct, frozen=True):
     key: str
     byte_size: int
     offset: int = 0
@@ -339,6 +339,8 @@ async def _refuse(send: Send, refusal: Refusal) -> None:
     extra = []
     if refusal.retry_after_s is not None:
         extra.append((b"retry-after", b"%d" % math.ceil(refusal.retry_after_s)))
+    if refusal.allow:
+        extra.append((b"allow", ", ".join(refusal.allow).encode()))
     await _respond(send, refusal.status, _encode({"error": str(refusal)}), extra)
 
 
