@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from gateway_world import GPU, MIB, World, run, version
 
 from hotset.gateway.metrics import BUCKETS_S, HotsetCollector, exposition
 from hotset.gateway.readings import gpu_metrics, learned, prefetches, processes, smallest_gpu_bytes, waiting
-from hotset.gateway.state import explain, state_of, trace, trace_header
+from hotset.gateway.state import TracedModel, TraceHeader, TraceRow, explain, state_of, trace, trace_header
 from hotset.simulation.traces import open_trace
+from hotset.vocabulary import Gpu
 
 
 async def busy_world() -> World:
@@ -92,6 +94,13 @@ def test_a_recorded_trace_can_be_replayed(tmp_path):
         assert [each.inference_s for each in rows] == [0.01] * 3
 
     run(story)
+
+
+def test_whatever_a_recording_says_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "traces.md").read_text()
+    for record in (TraceHeader, TracedModel, TraceRow, Gpu):
+        for field in record.__struct_fields__:
+            assert f"`{field}`" in page, f"{record.__name__}.{field}"
 
 
 def test_metrics_are_prometheus_text():
