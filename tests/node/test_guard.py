@@ -41,7 +41,9 @@ def test_a_guard_that_was_killed_is_replaced() -> None:
     assert spawner._guard is not guard
     for each in spawned:
         each.socket.close()  # it ends
-        assert each.process.reap() == 0
+        codes: list[int] = []
+        each.process.reap(codes.append)
+        assert codes == [0]
         for descriptor in (each.arena_fd, each.log_fd, each.pidfd):
             os.close(descriptor)
     assert guard.stdin is not None

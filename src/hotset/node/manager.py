@@ -168,8 +168,7 @@ class LocalNode:
             self._probing = asyncio.get_running_loop().call_later(_PROBE_S, self._probe)
             return
         os.killpg(spawned.process.pid, signal.SIGKILL)
-        spawned.process.reap()
-        self._source.forget(spawned.process.pid)
+        spawned.process.reap(lambda _: self._source.forget(spawned.process.pid))
         spawned.close()
         for lane in self._lanes.values():
             lane.spawn_failed = False

@@ -111,6 +111,8 @@ class ModelProcess:
         self._moved: Callable[[Moved], None] | None = None
         self._runs: deque[tuple[int, ...]] = deque()
         self._outstanding: set[int] = set()
+        self._gone = False
+        """Its process id may be another's by now."""
         self._return_code: int | None = None
         self._closed = False
         self._oom_kills = 0
@@ -300,20 +302,24 @@ class ModelProcess:
         self._kill()
 
     def _kill(self) -> None:
-        if self._return_code is None:
+        if not self._gone:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
     def _exited(self) -> None:
         """It is a zombie: its children go first, while its process group cannot be anybody else's."""
         assert self._spawned is not None
-        assert self._transport is not None
         self._loop.remove_reader(self._spawned.pidfd)
         os.close(self._spawned.pidfd)
         self._kill()
-        self._return_code = self._spawned.process.reap()
-        self._source.forget(self.pid)
+        self._gone = True
         self._deadline.cancel()
+        self._spawned.process.reap(self._reaped)
+
+    def _reaped(self, return_code: int) -> None:
+        assert self._transport is not None
+        self._return_code = return_code
+        self._source.forget(self.pid)
         if not self._closed:
             self._loop.call_later(_LAST_WORDS_S, self._transport.close)
         self._ended_if_over()

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -29,8 +29,9 @@ class ProcessHandle(Protocol):
     @property
     def pid(self) -> int: ...
 
-    def reap(self) -> int:
-        """Its return code, negative for a signal; called when it has ended (its pidfd is readable)."""
+    def reap(self, reaped: Callable[[int], object]) -> None:
+        """Call back, now or soon, with its return code, negative for a signal. Only when it has ended (its pidfd is
+        readable)."""
         ...
 
 
@@ -117,8 +118,8 @@ class _Popen(msgspec.Struct, frozen=True):
     def pid(self) -> int:
         return self.popen.pid
 
-    def reap(self) -> int:
-        return self.popen.wait()
+    def reap(self, reaped: Callable[[int], object]) -> None:
+        reaped(self.popen.wait())
 
 
 class Spawner:

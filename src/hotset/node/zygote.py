@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
 
 import msgspec
@@ -49,8 +49,8 @@ class _Child(msgspec.Struct, frozen=True):
     pid: int
     zygote: _Zygote
 
-    def reap(self) -> int:
-        return self.zygote.status_of(self.pid)
+    def reap(self, reaped: Callable[[int], object]) -> None:
+        self.zygote.reap(self.pid, reaped)
 
 
 class _Zygote:
@@ -67,6 +67,8 @@ class _Zygote:
         self._retired = False
         self._forking: deque[Connections] = deque()
         self._statuses: dict[int, int] = {}
+        self._reaping: dict[int, Callable[[int], object]] = {}
+        """Children that are gone, and whom to tell their status."""
         self._unwanted: set[int] = set()
         """Children that were ended here; their status is of no interest."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -123,14 +125,20 @@ class _Zygote:
             self._discard(self.pool.popleft())
         self._lost()
 
-    def status_of(self, pid: int) -> int:
-        """Return code of a child that is gone. One whose zygote is gone too was killed with it."""
-        deadline_s = monotonic() + STATUS_WITHIN_S
-        while pid not in self._statuses and not self.dead and (left_s := deadline_s - monotonic()) > 0:
-            select.select([self._control], [], [], left_s)
-            self._readable()
-        status = self._statuses.pop(pid, None)
-        return -signal.SIGKILL if status is None else os.waitstatus_to_exitcode(status)
+    def reap(self, pid: int, reaped: Callable[[int], object]) -> None:
+        """Call back with the return code of a child that is gone, once the zygote has told it."""
+        self._reaping[pid] = reaped
+        if pid in self._statuses or self.dead:
+            self._report(pid)
+        else:
+            self._loop.call_later(STATUS_WITHIN_S, self._report, pid)
+
+    def _report(self, pid: int) -> None:
+        """A child whose zygote is gone was killed with it."""
+        reaped = self._reaping.pop(pid, None)
+        if reaped is not None:
+            status = self._statuses.pop(pid, None)
+            reaped(-signal.SIGKILL if status is None else os.waitstatus_to_exitcode(status))
 
     def _fill(self) -> None:
         """Ask for as many forks as the pool lacks."""
@@ -185,6 +193,7 @@ class _Zygote:
                     self._unwanted.discard(message.pid)
                     return
                 self._statuses[message.pid] = message.status
+                self._loop.call_soon(self._report, message.pid)  # not now: ``take`` reads too, for a load that begins
                 gone = next((each for each in self.pool if each.process.pid == message.pid), None)
                 if gone is not None:  # somebody killed a process that nobody used yet
                     self.pool.remove(gone)
@@ -209,6 +218,8 @@ class _Zygote:
             self._popen.wait()
             while self._forking:
                 self._forking.popleft().close()
+            for pid in self._reaping:
+                self._loop.call_soon(self._report, pid)
 
 
 class ZygoteSource:
