@@ -55,7 +55,19 @@ class TestABatchIsFilled:
         world.serve("g0")
         assert world.running("g0") == (held,)
 
-    def test_and_a_run_that_begins_anyway_takes_along_who_is_held(self):
+    def test_and_a_load_that_is_done_meanwhile_takes_along_who_is_held(self):
+        world = World("hotset", models=[model("a", max_batch=3, max_batch_wait_s=0.5)])
+        first = world.arrive("a")
+        world.wait(3.75)
+        held = world.arrive("a")
+        world.wait(0.25)
+        world.loaded("g0")
+        assert world.running("g0") == (first, held)
+        world.finish("g0")
+        world.wait(1.0)
+        assert world.doing("g0") == "idle"
+
+    def test_and_a_run_that_begins_anyway_takes_along_who_waits(self):
         world = hot()
         waiting = world.arrive("a")
         world.arrive("b")
