@@ -45,12 +45,19 @@ class RejectReason(Enum):
     UNKNOWN_MODEL = "unknown_model"
     QUEUE_FULL = "queue_full"
     DEADLINE = "deadline"
+    """Its deadline passed before its run began."""
+    HOPELESS = "hopeless"
+    """Its deadline was yet to come, but could not be met any more."""
     TOO_LARGE = "too_large"
     QUARANTINED = "quarantined"
     FAILED = "failed"
     NO_GPU = "no_gpu"
     REMOVED = "removed"
     SHUTTING_DOWN = "shutting_down"
+
+
+LOWEST_PRIORITY, NORMAL_PRIORITY, HIGHEST_PRIORITY = -2, 0, 2
+"""Of requests: the higher goes first."""
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +109,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     model: str
     arrival_s: float
     deadline_s: float | None = None
-    """Absolute time after which it is pointless to start the run; None: wait for ever."""
+    """Absolute time by which it is to be answered; None: whenever."""
     caller: str = ""
     """Who pays for it (an API key's name, a tenant); empty: nobody in particular."""
+    weight: float = 1.0
+    """The caller's share of the GPUs' time, relative to the other callers'."""
+    priority: int = NORMAL_PRIORITY
+    """``LOWEST_PRIORITY`` to ``HIGHEST_PRIORITY``."""

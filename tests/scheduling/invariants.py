@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hotset.scheduling.cluster import Cluster
-from hotset.scheduling.queue import Entry, Place
+from hotset.scheduling.queue import Entry, GlobalQueue, Place, Standing
 from hotset.scheduling.scheduler import Scheduler
 from hotset.vocabulary import Residency
 
@@ -17,7 +17,9 @@ def check(scheduler: Scheduler, now_s: float) -> None:
     check_bounds(scheduler.cluster)
     check_gpus(scheduler.cluster)
     check_requests(scheduler)
-    check_queue(scheduler)
+    for queue in scheduler.cluster.queues.all:
+        check_queue(queue)
+    check_standing(scheduler)
     check_holders(scheduler.cluster)
     check_deadlines(scheduler, now_s)
     assert scheduler.cluster.gathering.next_s > now_s, "a batch that is due is not held"
@@ -120,7 +122,9 @@ def check_gpus(cluster: Cluster) -> None:
 def check_requests(scheduler: Scheduler) -> None:
     """Every open request is in exactly one place."""
     cluster = scheduler.cluster
-    places: list[tuple[int, Place]] = [(id_of(entry), Place.QUEUED) for entry in cluster.queue.in_order()]
+    places: list[tuple[int, Place]] = [
+        (id_of(entry), Place.QUEUED) for queue in cluster.queues.all for entry in queue.in_order()
+    ]
     places += [(id_of(entry), Place.RETRY) for entry in scheduler._requests.retries]
     for name, batch in cluster.gathering._batches.items():
         assert 0 < len(batch.entries) < cluster.models[name].max_batch, "a full batch is not held"
@@ -140,8 +144,32 @@ def check_requests(scheduler: Scheduler) -> None:
         assert entry.place is Place.ASSIGNED or not cluster.too_large(entry.model), "nobody waits for ever"
 
 
-def check_queue(scheduler: Scheduler) -> None:
-    queue = scheduler.cluster.queue
+def check_standing(scheduler: Scheduler) -> None:
+    """Queues are in order, everybody is in his own, and the accounts add up."""
+    queues = scheduler.cluster.queues
+    assert scheduler.cluster.queue is queues.main, "between events it is nobody's turn"
+    standings = [queue.standing for queue in queues.all]
+    assert standings == sorted(set(standings))
+    for queue in queues.all:
+        for entry in queue.in_order():
+            assert entry.queue is queue
+            assert queue.standing == Standing(-entry.request.priority, not entry.owed, not entry.pressed)
+    for priority, shares in queues._shares.items():
+        opened = [entry for entry in scheduler._entries.values() if entry.request.priority == priority]
+        for caller, account in shares.accounts.items():
+            own = [entry for entry in opened if entry.account is account]
+            assert account.open == len(own)
+            assert all(entry.request.caller == caller for entry in own)
+            assert (caller in shares._idle) == (not own)
+            assert account.promised_s == pytest.approx(sum(entry.promised_s for entry in own), abs=1e-6)
+            held = [entry for entry in own if entry.place is Place.QUEUED and not entry.owed]
+            if shares.contended and not any(entry.attempts or entry.gpu_id for entry in held):
+                assert set(map(id, held)) <= set(map(id, account.backlog)), "nobody is forgotten"
+        weights = sum(account.weight for account in shares.accounts.values() if account.open)
+        assert shares._open_weight == pytest.approx(weights, abs=1e-6)
+
+
+def check_queue(queue: GlobalQueue) -> None:
     waiting = list(queue.in_order())
     assert queue.waiting == len(waiting)
     assert waiting == sorted(waiting, key=lambda entry: entry.seq), "in order of arrival"

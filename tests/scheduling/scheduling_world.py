@@ -139,10 +139,20 @@ class World:
 
     # What happens
 
-    def arrive(self, name: str, *, patience_s: float | None = None) -> int:
+    def arrive(
+        self, name: str, *, patience_s: float | None = None, caller: str = "", weight: float = 1.0, priority: int = 0
+    ) -> int:
         self._last_id += 1
         deadline_s = None if patience_s is None else self.now_s + patience_s
-        request = Request(request_id=self._last_id, model=name, arrival_s=self.now_s, deadline_s=deadline_s)
+        request = Request(
+            request_id=self._last_id,
+            model=name,
+            arrival_s=self.now_s,
+            deadline_s=deadline_s,
+            caller=caller,
+            weight=weight,
+            priority=priority,
+        )
         self.open[request.request_id] = request
         self.handle(RequestArrived(request))
         return request.request_id

@@ -104,7 +104,7 @@ class TestBounds:
         world.arrive("b")
         request = world.arrive("a", patience_s=0.125)
         world.wait(0.25)
-        assert world.ends[request] is RejectReason.DEADLINE
+        assert world.ends[request] is RejectReason.HOPELESS
 
     def test_a_request_that_was_held_stands_behind_those_that_came_meanwhile(self):
         world = hot("lb")

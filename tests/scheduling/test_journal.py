@@ -116,7 +116,7 @@ def test_a_rejection_is_kept_with_its_reason():
     world.wait(2.0)
     late = world.scheduler.journal.explain(waited)
     assert late is not None
-    assert (late.rejected, late.finished_s, late.decisions) == (RejectReason.DEADLINE, 2.0, [])
+    assert (late.rejected, late.finished_s, late.decisions) == (RejectReason.HOPELESS, 1.001, [])
     unknown = world.scheduler.journal.explain(refused)
     assert unknown is not None
     assert (unknown.rejected, unknown.note) == (RejectReason.UNKNOWN_MODEL, "no model 'nobody' is deployed")

@@ -225,7 +225,7 @@ class TestTheLane:
         world = lanes()
         late = world.arrive("a", patience_s=1.0)
         world.wait(2.0)
-        assert world.ends[late] is RejectReason.DEADLINE
+        assert world.ends[late] is RejectReason.HOPELESS
         world.loaded("g0")
         assert world.doing("g0") == "idle"
         assert world.resident("g0") == ["a"]

@@ -34,6 +34,8 @@ STORIES = max(4, 60 // len(COMBINATIONS))
 
 seconds = st.sampled_from((0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 30.0))
 kinds = st.sampled_from(FailureKind)
+callers = st.sampled_from(("", "", "heavy", "other"))
+priorities = st.sampled_from((0, 0, 0, 1, -2))
 
 
 class Watched:
@@ -126,14 +128,15 @@ class ClusterStory(RuleBasedStateMachine):
 
     # Clients
 
-    @rule(name=st.sampled_from(NAMES), patience_s=st.none() | seconds)
-    def arrive(self, name: str, patience_s: float | None):
-        self.world.arrive(name, patience_s=patience_s)
+    @rule(name=st.sampled_from(NAMES), patience_s=st.none() | seconds, caller=callers, priority=priorities)
+    def arrive(self, name: str, patience_s: float | None, caller: str, priority: int):
+        weight = 2.5 if caller == "heavy" else 1.0
+        self.world.arrive(name, patience_s=patience_s, caller=caller, weight=weight, priority=priority)
 
-    @rule(names=st.lists(st.sampled_from("aaabbcd"), min_size=4, max_size=12))
-    def crowd(self, names: list[str]):
+    @rule(names=st.lists(st.sampled_from("aaabbcd"), min_size=4, max_size=12), caller=callers)
+    def crowd(self, names: list[str], caller: str):
         for name in names:
-            self.world.arrive(name)
+            self.world.arrive(name, caller=caller)
 
     @precondition(lambda self: self.world.open)
     @rule(data=st.data())

@@ -34,17 +34,25 @@ def play(
 
 
 class TestDeadlines:
-    def test_whoever_cannot_begin_in_time_is_rejected_and_whoever_ends_too_late_is_no_goodput(self) -> None:
-        """a loads 0-4 and runs 4-5. The second, of time 0, runs 5-6: begun in time, but 6 s are too late. The third,
-        of time 0 too, could not begin before 6. The fourth, of time 5, runs 6-7."""
+    def test_whoever_cannot_be_done_in_time_is_rejected(self) -> None:
+        """a loads 0-4 and runs 4-5. The second and the third, of time 0, could not end before 6: at 4.5 that is known.
+        The fourth, of time 5, runs 5-6."""
         metrics = play([(0.0, "a"), (0.0, "a"), (0.0, "a"), (5.0, "a")], deadline_s=5.5)
 
-        assert (metrics.requests, metrics.completed, metrics.rejected) == (4, 3, 1)
+        assert (metrics.requests, metrics.completed, metrics.rejected) == (4, 2, 2)
         assert metrics.deadline_misses == 2
-        assert metrics.makespan_s == 7.0
-        assert metrics.goodput_per_s == pytest.approx(2 / 7)
-        assert metrics.throughput_per_s == pytest.approx(3 / 7)
-        assert metrics.mean_latency_s == pytest.approx((5 + 6 + 2) / 3)
+        assert metrics.makespan_s == 6.0
+        assert metrics.goodput_per_s == metrics.throughput_per_s == pytest.approx(2 / 6)
+        assert metrics.mean_latency_s == pytest.approx((5 + 1) / 2)
+
+    def test_whoever_ends_too_late_is_no_goodput(self) -> None:
+        """Runs take a second, this one took two when it was recorded."""
+        hardware = Hardware(gpus=make_gpus(1, 1), costs={"a": COST})
+        engine = Engine(Scheduler(make_policy("lalb"), make_eviction("lru")), hardware, deadline_s=5.5)
+        metrics = engine.run([Arrival(0.0, "a", inference_s=2.0)])
+
+        assert (metrics.completed, metrics.rejected, metrics.deadline_misses) == (1, 0, 1)
+        assert metrics.goodput_per_s == 0.0
 
     def test_without_deadlines_all_throughput_is_good(self) -> None:
         metrics = play([(0.0, "a"), (0.0, "b")])

@@ -11,6 +11,7 @@ STATUS: dict[RejectReason, int] = {
     RejectReason.TOO_LARGE: 507,
     RejectReason.QUEUE_FULL: 429,
     RejectReason.DEADLINE: 504,
+    RejectReason.HOPELESS: 504,
     RejectReason.QUARANTINED: 503,
     RejectReason.NO_GPU: 503,
     RejectReason.SHUTTING_DOWN: 503,

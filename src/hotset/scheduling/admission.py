@@ -37,15 +37,20 @@ class Admission:
         cluster, name = self._cluster, request.model
         if not cluster.is_deployed(name):
             return Refusal(RejectReason.UNKNOWN_MODEL, f"no model {name!r} is deployed")
-        if request.deadline_s is not None and request.deadline_s <= now_s:
+        deadline_s = request.deadline_s
+        if deadline_s is not None and deadline_s <= now_s:
             return self.late(request, now_s)
         if cluster.too_large(name):
             return self.too_large(name)
         if self._quarantine.remaining_s(name, now_s):
             return self.quarantined(name, now_s)
-        waiting = cluster.queue.waiting
+        if deadline_s is not None:
+            need_s = self.least_s(name)
+            if need_s > deadline_s - now_s and not self._leads(name):
+                return self.hopeless(request, need_s, now_s)
+        waiting = cluster.queues.waiting
         if (self._max_queue is not None and waiting >= self._max_queue) or (
-            self._max_queue_per_model is not None and cluster.queue.waiting_for(name) >= self._max_queue_per_model
+            self._max_queue_per_model is not None and cluster.queues.waiting_for(name) >= self._max_queue_per_model
         ):
             drain_s = waiting * cluster.profiles.typical_inference_s() / max(len(cluster.gpus), 1)
             return Refusal(
@@ -59,6 +64,27 @@ class Admission:
         """Its deadline passed before its run began."""
         waited_s = now_s - request.arrival_s
         return Refusal(RejectReason.DEADLINE, f"no GPU could start it within its {waited_s:.3g} s deadline")
+
+    def least_s(self, name: str) -> float:
+        """The least time that a request for the model takes from now on, by what was measured: a run, and a load where
+        no GPU holds the model."""
+        least = self._cluster.profiles.least[name]
+        return least.run_s if self._cluster.cache.copies(name) else least.run_s + least.load_s
+
+    def _leads(self, name: str) -> bool:
+        """Whether a request would be the only one for its model that waits or runs. It is let in whatever is known:
+        others will find the model loaded for it, and what was learned may be true no more."""
+        cluster = self._cluster
+        if cluster.queues.waiting_for(name):
+            return False
+        works = (cluster.gpus[gpu_id].work for gpu_id in cluster.cache.holders(name))
+        return all(work is None or work.model != name for work in works)
+
+    def hopeless(self, request: Request, need_s: float, now_s: float) -> Refusal:
+        """It could not be answered in time even if it were next."""
+        left_s = (request.deadline_s or now_s) - now_s
+        message = f"{request.model} takes at least {need_s:.3g} s now and {left_s:.3g} s are left: give it more time"
+        return Refusal(RejectReason.HOPELESS, message)
 
     def too_large(self, name: str) -> Refusal:
         """No GPU of the cluster can hold its model."""

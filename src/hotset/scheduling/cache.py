@@ -18,6 +18,7 @@ from hotset.vocabulary import Residency
 
 if TYPE_CHECKING:
     from hotset.scheduling.cluster import Cluster
+    from hotset.scheduling.queue import Entry
 
 
 class Resident:
@@ -33,6 +34,7 @@ class Resident:
         "loaded_s",
         "memory_bytes",
         "model",
+        "payer",
         "pinned",
         "state",
         "uses",
@@ -44,6 +46,8 @@ class Resident:
         self.state = Residency.LOADING
         self.in_use = False
         """Loading or running: never a victim."""
+        self.payer: Entry | None = None
+        """The request that it was loaded or restored for; None once that is done and paid for."""
         self.pinned = False
         """One of the copies that its model keeps HOT: never a victim."""
         self.loaded_s = now_s
@@ -287,7 +291,7 @@ class CacheManager:
     def _worth(self, resident: Resident) -> tuple[bool, bool, float]:
         model = resident.model
         elsewhere = self.copies(model) + len(self.parked_on(model)) > 1
-        return model in self.eviction.cluster.queue.models, not elsewhere, resident.last_used_s
+        return model in self.eviction.cluster.queues.models(), not elsewhere, resident.last_used_s
 
     def _reclaim(self, memory: GpuMemory, room: Room, own: Resident | None, missing: int) -> None:
         """Take back what parked processes hold of the GPU, longest parked first; then park fewer of the victims."""

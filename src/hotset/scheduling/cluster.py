@@ -18,6 +18,7 @@ from hotset.scheduling.prices import Prices
 from hotset.scheduling.profiles import Profiles
 from hotset.scheduling.queue import Entry, GlobalQueue
 from hotset.scheduling.rates import ArrivalRates
+from hotset.scheduling.standing import Queues
 from hotset.vocabulary import Gpu, Model
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Cluster:
         self.overlap = overlap
         """Loads and restores have a lane of their own on each GPU: it may compute meanwhile."""
         self.queue = GlobalQueue()
+        """The queue in turn; policies know no other."""
         self.rates = ArrivalRates()
         self.models: dict[str, Model] = {}
         self.removed: set[str] = set()
@@ -101,6 +103,7 @@ class Cluster:
         self.idle: OrderedDict[GpuState, None] = OrderedDict()
         """GPUs with nothing to do, the one idle longest first."""
         self.prices = Prices(self)
+        self.queues = Queues(self)
         self.gathering = Gathering(self)
         self._holders = HolderIndex(cache, self.gpus)
         self._joined = 0

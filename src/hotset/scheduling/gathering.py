@@ -47,7 +47,7 @@ class Gathering:
         model = cluster.models[name]
         batch = self._batches.get(name)
         if batch is None:
-            if cluster.queue.waiting_for(name) or not cluster.cache.copies(name):
+            if cluster.queues.waiting_for(name) or not cluster.cache.copies(name):
                 return False
             batch = self._batches[name] = _Batch(math.inf)
         batch.entries.append(entry)

@@ -108,7 +108,7 @@ class Prefetcher:
 
     def _about_to_run(self, gpu: GpuState) -> frozenset[str]:
         """Models that are waited for: loading one and evicting the other would be thrash."""
-        return frozenset(self._cluster.queue.models).union(entry.model for entry in gpu.local_queue)
+        return frozenset(self._cluster.queues.models()).union(entry.model for entry in gpu.local_queue)
 
 
 def _has_unused(gpu: GpuState) -> bool:

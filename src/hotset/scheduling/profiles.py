@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from hotset.vocabulary import Model
+from hotset.vocabulary import Model, Profile
 
 NEWEST_WEIGHT = 0.1
 """Weight of the newest observation once there are more than 1 / 0.1 of them."""
@@ -92,6 +92,27 @@ class BatchLine:
         return max(self.mean_s + slope * (batch - self.mean_n), 0.0)
 
 
+class Least:
+    """The best that was seen of a model on any GPU: until then what was declared, and 0 where nothing was."""
+
+    __slots__ = ("load_s", "run_s", "seen_load", "seen_run")
+
+    def __init__(self, profile: Profile) -> None:
+        self.load_s = min((each for each in (profile.load_s, profile.restore_s) if each is not None), default=0.0)
+        """Of a load or a restore."""
+        self.run_s = profile.inference_s or 0.0
+        """Of a request in a run."""
+        self.seen_load = self.seen_run = False
+
+    def observe_load(self, seconds: float) -> None:
+        self.load_s = min(self.load_s, seconds) if self.seen_load else seconds
+        self.seen_load = True
+
+    def observe_run(self, seconds: float) -> None:
+        self.run_s = min(self.run_s, seconds) if self.seen_run else seconds
+        self.seen_run = True
+
+
 class Profiles:
     """Estimates for every model; one object serves all GPUs."""
 
@@ -101,6 +122,8 @@ class Profiles:
         self._offloads: dict[tuple[str, str], Average] = {}
         self._runs: dict[tuple[str, str], BatchLine] = {}
         self._models: dict[str, Model] = {}
+        self.least: dict[str, Least] = {}
+        """By model."""
         self._any_load = Typical(None)
         self._any_copy = Average(None)
         """Seconds a byte of restores and offloads, of all models: both are copies over the same bus."""
@@ -108,9 +131,11 @@ class Profiles:
 
     def add(self, model: Model) -> None:
         self._models[model.name] = model
+        self.least.setdefault(model.name, Least(model.profile))
 
     def remove(self, name: str) -> None:
         self._models.pop(name, None)
+        self.least.pop(name, None)
         for table in (self._loads, self._restores, self._offloads, self._runs):
             for key in [key for key in table if key[0] == name]:
                 del table[key]
@@ -161,9 +186,13 @@ class Profiles:
     def observe_load(self, model: str, kind: str, seconds: float) -> None:
         (self._loads.get((model, kind)) or self._load(model, kind)).observe(seconds)
         self._any_load.observe(seconds)
+        if model in self.least:
+            self.least[model].observe_load(seconds)
 
     def observe_restore(self, model: str, kind: str, seconds: float, copied_bytes: int) -> None:
         self._observe_copy(self._restores, model, kind, seconds, copied_bytes)
+        if model in self.least:
+            self.least[model].observe_load(seconds)
 
     def observe_offload(self, model: str, kind: str, seconds: float, copied_bytes: int) -> None:
         self._observe_copy(self._offloads, model, kind, seconds, copied_bytes)
@@ -181,6 +210,8 @@ class Profiles:
     def observe_run(self, model: str, kind: str, batch: int, seconds: float) -> None:
         (self._runs.get((model, kind)) or self._run(model, kind)).observe(batch, seconds)
         self._any_run.observe(seconds / batch)
+        if model in self.least:
+            self.least[model].observe_run(seconds / batch)
 
     def _load(self, model: str, kind: str) -> Typical:
         declared = self._models.get(model)

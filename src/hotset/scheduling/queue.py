@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from hotset.vocabulary import Request
+from hotset.vocabulary import NORMAL_PRIORITY, Request
+
+if TYPE_CHECKING:
+    from hotset.scheduling.fairness import Account
 
 
 class Place(Enum):
@@ -32,12 +36,27 @@ class Place(Enum):
     """On a GPU: loading or running."""
 
 
+class Standing(msgspec.Struct, frozen=True, order=True):
+    """Which requests go before which (``standing.py``); the least goes first."""
+
+    rank: int = -NORMAL_PRIORITY
+    """The negative priority."""
+    over_share: bool = True
+    """Not owed to its caller."""
+    relaxed: bool = True
+    """No deadline presses."""
+
+    @property
+    def priority(self) -> int:
+        return -self.rank
+
+
 class Entry(msgspec.Struct, gc=False, eq=False):
     """A request on its way through the scheduler."""
 
     request: Request
     model: str
-    seq: int
+    seq: int = 0
     """Order of arrival; ties in time break by it."""
     place: Place = Place.QUEUED
     attempts: int = 0
@@ -52,6 +71,16 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     """What it adds to that local queue's estimate."""
     loaded_on: str = ""
     """The GPU that loads, or has loaded, its model for it while it waits in that local queue (overlap)."""
+    queue: GlobalQueue | None = None
+    """The queue it is in, or was in last."""
+    account: Account | None = None
+    """What is spent on it goes on its caller's account."""
+    owed: bool = False
+    """Its caller has had less than his share, even with it."""
+    promised_s: float = 0.0
+    """GPU seconds that it was expected to take when that was found."""
+    pressed: bool = False
+    """Its deadline leaves little more time than it takes."""
     in_fifo: bool = False
     skipped_over: bool = False
     """It left the queue past older requests; its hole counts as one skip of each of them."""
@@ -64,7 +93,9 @@ def _by_seq(entry: Entry) -> int:
 class GlobalQueue:
     """Requests that are bound to no GPU yet (late binding)."""
 
-    def __init__(self) -> None:
+    def __init__(self, standing: Standing = Standing()) -> None:  # noqa: B008 -- frozen
+        self.standing = standing
+        """Of all requests in it."""
         self._fifo: deque[Entry] = deque()
         self._by_model: OrderedDict[str, deque[Entry]] = OrderedDict()
         self.waiting = 0
@@ -75,6 +106,7 @@ class GlobalQueue:
 
     def push(self, entry: Entry) -> None:
         entry.place = Place.QUEUED
+        entry.queue = self
         entry.in_fifo = True
         self._fifo.append(entry)
         line = self._by_model.get(entry.model)
@@ -129,6 +161,20 @@ class GlobalQueue:
             if useless > 64 and useless > 4 * self.waiting:
                 self._compact()
 
+    def leave(self, entry: Entry) -> None:
+        """Remove a waiting request that goes on waiting in another queue: it leaves no hole and skips nobody.
+
+        Linear in the requests before it, of which there are few: it is its caller's oldest, or has waited long.
+        """
+        self.waiting -= 1
+        line = self._by_model[entry.model]
+        line.remove(entry)
+        if not line:
+            del self._by_model[entry.model]
+        self._fifo.remove(entry)
+        entry.in_fifo = False
+        self._drop_leading_holes()
+
     def head(self) -> Entry | None:
         """The oldest waiting request."""
         return self._fifo[0] if self.waiting else None
@@ -137,6 +183,10 @@ class GlobalQueue:
         """The oldest waiting request for this model."""
         line = self._by_model.get(model)
         return line[0] if line is not None else None
+
+    def last(self) -> Entry | None:
+        """The newest waiting request."""
+        return next((entry for entry in reversed(self._fifo) if entry.place is Place.QUEUED), None)
 
     def waiting_for(self, model: str) -> int:
         """How many requests wait for this model."""

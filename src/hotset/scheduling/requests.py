@@ -13,7 +13,10 @@ from hotset.scheduling.cluster import Cluster
 from hotset.scheduling.journal import Journal
 from hotset.scheduling.quarantine import Quarantine
 from hotset.scheduling.queue import Entry, Place
-from hotset.vocabulary import FailureKind, RejectReason
+from hotset.vocabulary import FailureKind, RejectReason, Request
+
+PLAY_S = 0.001
+"""Estimates are taken to be no better than that when a request is given up."""
 
 
 class Loss(msgspec.Struct, frozen=True, gc=False):
@@ -48,31 +51,35 @@ class OpenRequests:
         self._outbox = outbox
         self.entries: dict[int, Entry] = {}
         self.deadlines: list[tuple[float, int, Entry]] = []
-        """A heap: deadline, order of arrival, request."""
+        """A heap: when a request that has a deadline is looked at next, its id, the request."""
         self.retries: deque[Entry] = deque()
         """Those whose process died, waiting for another GPU."""
 
     def add(self, entry: Entry) -> None:
         request = entry.request
         self.entries[request.request_id] = entry
+        self._cluster.queues.arrived(entry)
         if request.deadline_s is not None:
-            heappush(self.deadlines, (request.deadline_s, entry.seq, entry))
+            # Nothing is worked out before half of the time is over: most requests have ended by then.
+            self._look_again(entry, (request.arrival_s + request.deadline_s) / 2)
 
-    def next_deadline_s(self) -> float | None:
-        """Of those that are open."""
+    def _look_again(self, entry: Entry, at_s: float) -> None:
+        heappush(self.deadlines, (at_s, entry.request.request_id, entry))
+
+    def next_look_s(self) -> float | None:
+        """When the next of those that are open is to be looked at for its deadline's sake."""
         deadlines = self.deadlines
-        while deadlines and deadlines[0][2].request.request_id not in self.entries:
+        while deadlines and deadlines[0][1] not in self.entries:
             heappop(deadlines)
         return deadlines[0][0] if deadlines else None
 
-    def expire(self, now_s: float) -> None:
-        """End the requests that nothing may start any more."""
+    def look(self, now_s: float) -> None:
+        """Look at the requests that are due for it: some are to go first from now on, some cannot be met any more."""
         deadlines = self.deadlines
         while deadlines and deadlines[0][0] <= now_s:
             entry = heappop(deadlines)[2]
             if entry.request.request_id in self.entries and not self._is_running(entry):
-                self.withdraw(entry)
-                self.reject(entry, self._admission.late(entry.request, now_s), now_s)
+                self._look_at(entry, now_s)
 
     def _is_running(self, entry: Entry) -> bool:
         if entry.place is not Place.ASSIGNED:
@@ -80,11 +87,42 @@ class OpenRequests:
         work = self._cluster.gpus[entry.gpu_id].work
         return work is not None and not work.loading
 
+    def _look_at(self, entry: Entry, now_s: float) -> None:
+        """The latest moment to begin is the deadline less the least time it takes; it presses for as long before that
+        as work of that kind usually takes."""
+        deadline_s = entry.request.deadline_s
+        assert deadline_s is not None
+        if deadline_s <= now_s:
+            self.withdraw(entry)
+            self.reject(entry, self._admission.late(entry.request, now_s), now_s)
+        elif entry.place is Place.ASSIGNED:
+            self._look_again(entry, deadline_s)
+        else:
+            need_s = self._need_s(entry)
+            hopeless_s = deadline_s - need_s + PLAY_S
+            pressing_s = hopeless_s - need_s - self._cluster.profiles.typical_inference_s()
+            if hopeless_s <= now_s:
+                self.withdraw(entry)
+                self.reject(entry, self._admission.hopeless(entry.request, need_s, now_s), now_s)
+            elif pressing_s > now_s:
+                self._look_again(entry, pressing_s)
+            else:
+                if not entry.pressed:
+                    self._cluster.queues.press(entry)
+                self._look_again(entry, min(hopeless_s, deadline_s))
+
+    def _need_s(self, entry: Entry) -> float:
+        """The least time it takes. A load does not count for the first of a line: it is for those behind it as well."""
+        first = self._cluster.queues.first_of(entry.model)
+        if first is None or first is entry:
+            return self._cluster.profiles.least[entry.model].run_s
+        return self._admission.least_s(entry.model)
+
     def withdraw(self, entry: Entry) -> None:
         """Take a request out of wherever it waits; on a GPU it is only marked, and its result goes unread."""
         cluster = self._cluster
         if entry.place is Place.QUEUED:
-            cluster.queue.take(entry, Place.ASSIGNED, skips=False)
+            cluster.queues.take(entry, Place.ASSIGNED)
         elif entry.place is Place.GATHERING:
             cluster.gathering.remove(entry)
         elif entry.place is Place.RETRY:
@@ -106,6 +144,8 @@ class OpenRequests:
         if entry.request.deadline_s is not None and entry.request.deadline_s <= now_s:
             self.reject(entry, self._admission.late(entry.request, now_s), now_s)
             return
+        if entry.request.deadline_s is not None:
+            self._look_again(entry, (now_s + entry.request.deadline_s) / 2)
         entry.avoid_gpu = avoid_gpu
         entry.place = Place.RETRY
         self.retries.append(entry)
@@ -134,9 +174,25 @@ class OpenRequests:
 
     # Ends
 
+    def end(self, request_id: int) -> Entry | None:
+        """The request is over; None: it has ended already."""
+        entry = self.entries.pop(request_id, None)
+        if entry is not None:
+            self._cluster.queues.ended(entry)
+        return entry
+
+    def make_place(self, request: Request, refusal: Refusal, now_s: float) -> bool:
+        """Where a request is refused for a full queue: end another, whose caller has taken more than his part of it."""
+        displaced = self._cluster.queues.displaced_by(request) if refusal.reason is RejectReason.QUEUE_FULL else None
+        if displaced is None:
+            return False
+        self.withdraw(displaced)
+        self.reject(displaced, refusal, now_s)
+        return True
+
     def reject(self, entry: Entry, refusal: Refusal, now_s: float) -> None:
         request, reason, message = entry.request, refusal.reason, refusal.message
-        self.entries.pop(request.request_id, None)
+        self.end(request.request_id)
         if self._journal.capacity:
             self._journal.rejected(request, now_s, reason, message)
         self._outbox.actions.append(Reject(request.request_id, reason, message, refusal.retry_after_s))

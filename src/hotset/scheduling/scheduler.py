@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -83,7 +82,7 @@ class Scheduler:
             max_attempts=self.config.max_attempts,
         )
         self._entries = self._requests.entries
-        self._next_seq = itertools.count(1).__next__
+        self._queues = self.cluster.queues
         self._gathering = self.cluster.gathering
         self._gathers = False
         """Some model has asked for its requests to be held back until they fill a batch."""
@@ -109,10 +108,10 @@ class Scheduler:
         """Take note of an event; returns the actions to carry out, in order."""
         self._actions = self._outbox.actions = []
         if self._requests.deadlines:
-            self._requests.expire(now_s)
+            self._requests.look(now_s)
         self._handlers[type(event)](event, now_s)
         if self._gathering.next_s <= now_s:
-            self._gathering.release(now_s, self._enqueue)
+            self._gathering.release(now_s, self._queues.push)
         self._dispatch(now_s)
         return self._actions
 
@@ -121,7 +120,7 @@ class Scheduler:
         load for a pin that may be tried again. None: not before something happens."""
         soonest_s = self._gathering.next_s
         recurring_s = self._recurrence.wakeup_s if self._recurrence is not None else None
-        for other_s in (self._requests.next_deadline_s(), self.pins.wakeup_s, recurring_s):
+        for other_s in (self._requests.next_look_s(), self.pins.wakeup_s, recurring_s):
             if other_s is not None and other_s < soonest_s:
                 soonest_s = other_s
         return soonest_s if soonest_s < math.inf else None
@@ -137,9 +136,9 @@ class Scheduler:
         request = event.request
         if request.request_id in self._entries:
             raise InvariantError(f"request {request.request_id} arrived twice")
-        entry = Entry(request, request.model, self._next_seq())
+        entry = Entry(request, request.model)
         refusal = self._admission.refusal(request, now_s)
-        if refusal is not None:
+        if refusal is not None and not self._requests.make_place(request, refusal, now_s):
             self._requests.reject(entry, refusal, now_s)
             return
         self._requests.add(entry)
@@ -149,15 +148,10 @@ class Scheduler:
         if not (
             self._gathers and self.cluster.models[request.model].max_batch_wait_s and self._gathering.hold(entry, now_s)
         ):
-            self.cluster.queue.push(entry)
-
-    def _enqueue(self, entry: Entry) -> None:
-        """A request that was held back arrives in the queue, behind all who are there."""
-        entry.seq = self._next_seq()
-        self.cluster.queue.push(entry)
+            self._queues.push(entry)
 
     def _request_cancelled(self, event: RequestCancelled, now_s: float) -> None:
-        entry = self._entries.pop(event.request_id, None)
+        entry = self._requests.end(event.request_id)
         if entry is not None:
             self._requests.withdraw(entry)
 
@@ -167,16 +161,24 @@ class Scheduler:
     # Placement
 
     def _dispatch(self, now_s: float) -> None:
-        cluster = self.cluster
         if self.pins.unsettled:
             self._load_pinned(now_s)
-        if self._requests.retries and cluster.idle:
+        if self._requests.retries and self.cluster.idle:
             self._dispatch_retries(now_s)
-        queue, policy = cluster.queue, self.policy
-        while cluster.idle and queue.waiting:
+        if self._queues.several:
+            for most in self._queues.in_turn():
+                self._serve(now_s, most)
+        else:
+            self._serve(now_s)
+
+    def _serve(self, now_s: float, most: int | None = None) -> None:
+        """Place requests of the queue in turn; ``most``: so many."""
+        cluster, policy, queue = self.cluster, self.policy, self.cluster.queue
+        while cluster.idle and queue.waiting and most != 0:
             placement = policy.next_placement(cluster, now_s)
             if placement is None:
                 break
+            most = None if most is None else most - 1
             entry, gpu = placement.entry, placement.gpu
             if placement.local:
                 queue.take(entry, Place.LOCAL, skips=placement.skips)
@@ -207,7 +209,7 @@ class Scheduler:
             if self._journalling and entry is not None:
                 self._note(entry, gpu, Rule.AHEAD, ahead.room, now_s)
             self.prefetches += 1
-            self._copy(gpu, model, ahead.room, entry.request.request_id if entry is not None else None, now_s)
+            self._copy(gpu, model, ahead.room, entry, now_s)
             self.cache.loading_ahead(gpu.memory, model, guessed=entry is None)
 
     def _dispatch_retries(self, now_s: float) -> None:
@@ -236,23 +238,23 @@ class Scheduler:
             cluster.add_local(gpu, entry)
             if room is not None:
                 entry.loaded_on = gpu.gpu_id
-                self._copy(gpu, model, room, entry.request.request_id, now_s)
+                self._copy(gpu, model, room, entry, now_s)
             return
         assert room is not None, "without overlap, nothing is on its way to an idle GPU"
-        expected_s = self._transitions.bring(gpu, model, room, entry.request.request_id, now_s)
+        expected_s = self._transitions.bring(gpu, model, room, entry, now_s)
         work = Work(model, [entry], hit=False, now_s=now_s, loading=True)
         cluster.set_busy(gpu, work, now_s + expected_s + cluster.inference_s(model, gpu))
 
-    def _copy(self, gpu: GpuState, model: str, room: Room, request_id: int | None, now_s: float) -> None:
+    def _copy(self, gpu: GpuState, model: str, room: Room, payer: Entry | None, now_s: float) -> None:
         """Bring a model to a GPU by its copy lane, whatever the GPU does meanwhile."""
-        expected_s = self._transitions.bring(gpu, model, room, request_id, now_s)
+        expected_s = self._transitions.bring(gpu, model, room, payer, now_s)
         self.cluster.copy_started(gpu, model, now_s + expected_s)
 
     def _run(self, gpu: GpuState, work: Work, rule: Rule | None, now_s: float) -> None:
         """The model is HOT: start the run, joined by whoever waits for the same model and may join. ``rule``: why its
         first request runs here; None: that was noted when its load was decided."""
         model, entries = work.model, work.entries
-        if self._gathers or model in self.cluster.queue.models:
+        if self._gathers or model in self._queues.models():
             self._join(gpu, model, entries)
         self.cache.use(gpu.memory, model, now_s)
         expected_s = self.cluster.inference_s(model, gpu, len(entries))
@@ -267,11 +269,11 @@ class Scheduler:
         if self._burst_s and limit == 1:  # a batching function is never given more than it says it takes
             one_s = self.cluster.inference_s(model, gpu)
             limit = max(limit, min(self.config.max_burst, int(self._burst_s / one_s) if one_s else limit))
-        queue = self.cluster.queue
+        queues = self._queues
         while len(entries) < limit:
-            entry = queue.first_of(model)
+            entry = queues.first_of(model)
             if entry is not None:
-                queue.take(entry, Place.ASSIGNED, skips=False)
+                queues.take(entry, Place.ASSIGNED)
             elif self._gathers and (entry := self._gathering.take(model)) is not None:
                 entry.place = Place.ASSIGNED
             else:
@@ -303,7 +305,7 @@ class Scheduler:
                 # Its model died here and has proved larger than this GPU, has lost its room to pins, or has all the
                 # copies it may have by now.
                 cluster.remove_local(gpu, entry)
-                cluster.queue.give_back([entry])
+                self._queues.give_back([entry])
             elif cluster.can_start(gpu, entry.model):
                 cluster.remove_local(gpu, entry)
                 entry.place = Place.ASSIGNED
@@ -328,6 +330,7 @@ class Scheduler:
     def _became_hot(self, gpu: GpuState, model: str, load_s: float, memory_bytes: int | None, now_s: float) -> None:
         work = None if gpu.memory.copying == model else self._work_of(gpu, model)
         resident = self.cache.loaded(gpu.memory, model, memory_bytes)
+        self._queues.loaded(resident, load_s)
         if memory_bytes is not None:
             self.cluster.learn_memory(model, resident.memory_bytes)
             self.pins.measured(model)
@@ -361,8 +364,9 @@ class Scheduler:
         gpu = self.cluster.gpus[event.gpu_id]
         work = self._work_of(gpu, event.model)
         entries = work.entries
+        self._queues.ran(entries, event.inference_s)
         for entry in entries:
-            self._entries.pop(entry.request.request_id, None)
+            self._requests.end(entry.request.request_id)
         if work.note is not None:
             work.note.finished_s = now_s
         self.profiles.observe_run(event.model, gpu.kind, len(entries), event.inference_s)
@@ -392,7 +396,7 @@ class Scheduler:
         gpu = self.cluster.gpus[event.gpu_id]
         work = self._work_of(gpu, event.model)
         for request_id in event.answered:
-            self._entries.pop(request_id, None)
+            self._requests.end(request_id)
         self._process_gone(gpu, work.model, work.entries, Loss(event.kind, event.reason, gpu.gpu_id, True), now_s)
 
     def _process_lost(self, event: ProcessLost, now_s: float) -> None:
@@ -461,7 +465,7 @@ class Scheduler:
         self.pins.plan()
         for entry in gpu.local_queue:
             entry.loaded_on = ""
-        self.cluster.queue.give_back(list(gpu.local_queue))
+        self._queues.give_back(list(gpu.local_queue))
         if gpu.work is not None:
             reason = f"{gpu.gpu_id} was lost{': ' + event.reason if event.reason else ''}"
             loss = Loss(FailureKind.DEVICE, reason, "", False)

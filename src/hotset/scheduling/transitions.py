@@ -5,6 +5,7 @@ from __future__ import annotations
 from hotset.scheduling.actions import Load, Offload, Outbox, Restore, Unload
 from hotset.scheduling.cluster import Cluster, GpuState
 from hotset.scheduling.parking import Room
+from hotset.scheduling.queue import Entry
 
 
 class Transitions:
@@ -21,7 +22,7 @@ class Transitions:
         victims = cache.choose_victims(gpu.memory, need_bytes, now_s, spared)
         return cache.room_for(gpu.memory, model, need_bytes, victims) if victims is not None else None
 
-    def bring(self, gpu: GpuState, model: str, room: Room, request_id: int | None, now_s: float) -> float:
+    def bring(self, gpu: GpuState, model: str, room: Room, payer: Entry | None, now_s: float) -> float:
         """Make the room and start the load, or the restore; returns the seconds all of it is expected to take."""
         cluster, cache, memory = self._cluster, self._cache, gpu.memory
         for parked in room.forgotten:
@@ -36,11 +37,13 @@ class Transitions:
             cache.park(memory, cluster.drop_resident(gpu, victim.model))
             self._outbox.actions.append(Offload(gpu.gpu_id, victim.model))
         expected_s += cluster.load_s(model, gpu)
+        request_id = None if payer is None else payer.request.request_id
         if model in memory.parked:
             self._outbox.actions.append(Restore(gpu.gpu_id, model, request_id))
         else:
             self._outbox.actions.append(Load(gpu.gpu_id, model, request_id, cache.copies(model) > 0))
-        cache.reserve(memory, model, cluster.models[model].memory_bytes, now_s).in_use = True
+        resident = cache.reserve(memory, model, cluster.models[model].memory_bytes, now_s)
+        resident.in_use, resident.payer = True, payer
         return expected_s
 
     def unload(self, gpu: GpuState, model: str) -> None:

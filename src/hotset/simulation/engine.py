@@ -198,7 +198,7 @@ class Engine:
                     recorder.tallies[action.model].change_copies(-1, now_s)
             elif type(action) is Reject:
                 recorder.rejected += 1
-                recorder.expired += action.reason is RejectReason.DEADLINE
+                recorder.expired += action.reason in (RejectReason.DEADLINE, RejectReason.HOPELESS)
                 del self._open[action.request_id]
             elif type(action) is Restore:
                 self._restore(action)

@@ -194,8 +194,10 @@ class Hotset:
 
         One that others already wait for does not count: it will be theirs.
         """
-        if not load.price_s or len(cluster.gpus) > MOST_GPUS:
-            return False  # in a large cluster some GPU has cheap room at any time
+        if not load.price_s or len(cluster.gpus) > MOST_GPUS or cluster.queues.several:
+            # In a large cluster some GPU has cheap room at any time. Where there are other queues, their requests would
+            # take this GPU meanwhile, and that one as well.
+            return False
         lines = cluster.queue.models
         for gpu in cluster.gpus.values():
             if gpu.work is None:

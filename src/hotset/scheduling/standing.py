@@ -1,0 +1,243 @@
+"""Standing: which of the waiting requests a policy is asked about first.
+
+Requests wait in one queue for each standing. The policy is asked about the first queue that holds anybody until it
+places no more of it, then, if a GPU is still idle, about the next one; so every policy heeds standing, and none needs
+to know of it. Highest first:
+
+1. by *priority*, strictly, but for one request in ``MOST_PASSED + 1``: so low ones wait long, not for ever;
+2. within a priority, requests *owed* to their callers before those beyond their callers' shares (``fairness.py``);
+3. within these, requests whose *deadline presses* before those with time to spare (``requests.py``).
+
+Where all is equal, as with one caller and no deadline near, there is one queue, in order of arrival.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+from hotset.scheduling.fairness import Account, FairShares, Usage
+from hotset.scheduling.queue import Entry, GlobalQueue, Place, Standing
+from hotset.vocabulary import NORMAL_PRIORITY, Request
+
+if TYPE_CHECKING:
+    from hotset.scheduling.cache import Resident
+    from hotset.scheduling.cluster import Cluster
+
+MOST_PASSED = 50
+"""Requests of higher priorities that go before a waiting one of a lower priority until one of that priority goes."""
+MOST_CALLERS = 200
+"""Callers whose usage is told apart; all others are ``OTHERS``."""
+OTHERS = "(others)"
+
+
+class Queues:
+    """All queues of requests that are bound to no GPU. The one in turn is ``Cluster.queue``."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.main = cluster.queue
+        """Where everybody waits who has no standing in particular."""
+        self.all = [self.main]
+        """In the order in which policies are asked about them; there are others only once they were needed."""
+        self.usage: dict[str, Usage] = {}
+        """By caller."""
+        self._shares = {NORMAL_PRIORITY: FairShares(self._unit_s)}
+        """By priority."""
+        self._passed: dict[int, int] = {}
+        """Priority -> requests of higher ones that were placed while it waited."""
+        self._seq = 0
+
+    # Requests come and go
+
+    def arrived(self, entry: Entry) -> None:
+        """A request was admitted; it need not be queued yet."""
+        request = entry.request
+        shares = self._shares.get(request.priority)
+        if shares is None:
+            shares = self._shares[request.priority] = FairShares(self._unit_s)
+        contended = shares.contended
+        entry.account = account = shares.open(request, self._usage_of(request.caller))
+        account.usage.requests += 1
+        if shares.contended and not contended:
+            self._contend(shares, request.priority)
+
+    def _contend(self, shares: FairShares, priority: int) -> None:
+        """There is, or wants to be, a second caller: from now on it is known who holds what."""
+        shares.clear()
+        for queue in self.all:
+            if queue.standing.priority == priority and queue.standing.over_share:
+                for waiting in queue.in_order():
+                    assert waiting.account is not None
+                    shares.hold(waiting, waiting.account)
+
+    def _usage_of(self, caller: str) -> Usage:
+        usage = self.usage.get(caller)
+        if usage is None:
+            name = caller if len(self.usage) < MOST_CALLERS else OTHERS
+            usage = self.usage.setdefault(name, Usage())
+        return usage
+
+    def push(self, entry: Entry) -> None:
+        """A request begins to wait, behind all others of its standing."""
+        self._seq += 1
+        entry.seq = self._seq
+        priority, account = entry.request.priority, entry.account
+        assert account is not None
+        shares = self._shares[priority]
+        if shares.contended:
+            if shares.owes(account):
+                shares.promise(entry, account, self._cost_s(entry))
+            else:
+                shares.hold(entry, account)
+        if priority == NORMAL_PRIORITY and not entry.owed and not entry.pressed:
+            self.main.push(entry)
+        else:
+            self._queue_of(entry).push(entry)
+
+    def ended(self, entry: Entry) -> None:
+        """A request is over, however it ended."""
+        assert entry.account is not None
+        self._shares[entry.request.priority].ended(entry, entry.account)
+
+    # What policies and the Scheduler ask
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than the main queue to look at."""
+        return len(self.all) > 1
+
+    @property
+    def waiting(self) -> int:
+        """Requests in all queues."""
+        return self.main.waiting if not self.several else sum(queue.waiting for queue in self.all)
+
+    def waiting_for(self, model: str) -> int:
+        """Of them, those for a model."""
+        return sum(queue.waiting_for(model) for queue in self.all)
+
+    def models(self) -> Collection[str]:
+        """The models that anybody waits for."""
+        return self.main.models if not self.several else set().union(*(queue.models for queue in self.all))
+
+    def first_of(self, model: str) -> Entry | None:
+        """The first to be served of those who wait for a model."""
+        for queue in self.all:
+            entry = queue.first_of(model)
+            if entry is not None:
+                return entry
+        return None
+
+    def take(self, entry: Entry, place: Place, *, skips: bool = False) -> None:
+        """Remove a waiting request."""
+        assert entry.queue is not None
+        entry.queue.take(entry, place, skips=skips)
+
+    def give_back(self, entries: list[Entry]) -> None:
+        """Take back requests that had left their queues."""
+        for queue in self.all:
+            queue.give_back([entry for entry in entries if entry.queue is queue])
+
+    # Turns
+
+    def in_turn(self) -> Iterator[int | None]:
+        """Makes one queue after the other that of the cluster, highest standing first: those that hold somebody, and
+        the main one. Yields how many of its requests may be placed; None: as many as the policy likes."""
+        cluster = self._cluster
+        overdue = [priority for priority, passed in self._passed.items() if passed >= MOST_PASSED]
+        turns: list[tuple[GlobalQueue, int | None]] = [
+            (queue, 1) for queue in self.all if queue.standing.priority in overdue
+        ]
+        turns += [(queue, None) for queue in self.all]
+        for queue, most in turns:
+            before = queue.waiting
+            if (before or queue is self.main) and (most is None or self._passed.get(queue.standing.priority)):
+                cluster.queue = queue
+                yield most
+                self._count_passed(queue.standing.priority, before - queue.waiting)
+        cluster.queue = self.main
+
+    def _count_passed(self, by_priority: int, placed: int) -> None:
+        if not placed:
+            return
+        self._passed.pop(by_priority, None)
+        for priority in {queue.standing.priority for queue in self.all if queue.waiting}:
+            if priority < by_priority:
+                self._passed[priority] = self._passed.get(priority, 0) + placed
+
+    # Standing changes
+
+    def ran(self, entries: list[Entry], run_s: float) -> None:
+        """A GPU has run these requests together."""
+        share_s = run_s / len(entries)
+        for entry in entries:
+            assert entry.account is not None
+            entry.account.usage.run_s += share_s
+            self._charge(entry.request.priority, entry.account, share_s)
+
+    def loaded(self, resident: Resident, load_s: float) -> None:
+        """A GPU has loaded, or restored, a model: the request that caused it pays."""
+        payer, resident.payer = resident.payer, None
+        if payer is None:
+            return
+        assert payer.account is not None
+        payer.account.usage.load_s += load_s
+        self._charge(payer.request.priority, payer.account, load_s)
+
+    def _charge(self, priority: int, account: Account, gpu_s: float) -> None:
+        shares = self._shares[priority]
+        if shares.contended:
+            shares.charge(account, gpu_s)
+            for other, entry in shares.held():
+                if shares.owes(other):
+                    shares.promise(entry, other, self._cost_s(entry))
+                    self._move(entry)
+
+    def press(self, entry: Entry) -> None:
+        """A waiting request's deadline presses from now on."""
+        entry.pressed = True
+        if entry.place is Place.QUEUED:
+            self._move(entry)
+
+    def displaced_by(self, request: Request) -> Entry | None:
+        """Whose place in a full queue a new request may take: of a lower priority the newest, else the newest of the
+        caller with most open requests for his weight, if those are more than the new one's caller would have."""
+        for queue in reversed(self.all):
+            if queue.standing.priority < request.priority and queue.waiting:
+                return queue.last()
+        shares = self._shares.get(request.priority)
+        if shares is None:
+            return None
+        if not shares.contended and request.caller not in shares.accounts:
+            self._contend(shares, request.priority)
+        return shares.displaced_by(request)
+
+    def _move(self, entry: Entry) -> None:
+        assert entry.queue is not None
+        entry.queue.leave(entry)
+        self._seq += 1
+        entry.seq = self._seq
+        self._queue_of(entry).push(entry)
+
+    def _queue_of(self, entry: Entry) -> GlobalQueue:
+        standing = Standing(-entry.request.priority, not entry.owed, not entry.pressed)
+        for queue in self.all:
+            if queue.standing == standing:
+                return queue
+        queue = GlobalQueue(standing)
+        insort(self.all, queue, key=lambda one: one.standing)
+        return queue
+
+    def _unit_s(self) -> float:
+        profiles = self._cluster.profiles
+        return len(self._cluster.gpus) * (profiles.typical_load_s() + profiles.typical_inference_s())
+
+    def _cost_s(self, entry: Entry) -> float:
+        """GPU seconds that the request is expected to take."""
+        cluster, model = self._cluster, entry.model
+        gpu = next(iter(cluster.gpus.values()), None)
+        if gpu is None:
+            return 0.0
+        run_s = cluster.inference_s(model, gpu)
+        return run_s if cluster.cache.copies(model) else run_s + cluster.profiles.load_s(model, gpu.kind)

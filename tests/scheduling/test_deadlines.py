@@ -1,0 +1,165 @@
+"""Deadlines: what cannot be answered in time is refused, what barely can goes first. Loads take 4 s, runs 1 s."""
+
+from __future__ import annotations
+
+import pytest
+from scheduling_world import End, World
+
+from hotset.scheduling.config import SchedulerConfig
+from hotset.vocabulary import RejectReason
+
+
+def running(policy: str = "lb") -> World:
+    """One GPU of two models, with ``a`` hot and running since time 0."""
+    world = World(policy)
+    world.arrive("a")
+    world.loaded("g0", load_s=4.0)
+    assert world.doing("g0") == "running a"
+    return world
+
+
+class TestRefusals:
+    def test_a_request_that_could_not_be_done_in_time_if_it_were_next_is_refused_as_it_arrives(self):
+        world = running()
+        request_id = world.arrive("a", patience_s=0.5)
+        assert world.ends[request_id] is RejectReason.HOPELESS
+        assert world.rejects[request_id].message == ("a takes at least 1 s now and 0.5 s are left: give it more time")
+
+    def test_the_first_for_a_model_is_let_in_as_its_load_is_for_the_next_ones_too(self):
+        world = running()
+        first, second = world.arrive("b", patience_s=3.0), world.arrive("b", patience_s=3.0)
+        assert first in world.open
+        assert world.ends[second] is RejectReason.HOPELESS
+        assert world.arrive("b", patience_s=5.0) in world.open
+
+    def test_what_was_never_measured_nor_declared_is_not_hopeless(self):
+        world = World("lb", models=())
+        world.add(model_without_figures())
+        first, second = world.arrive("new", patience_s=0.01), world.arrive("new", patience_s=0.01)
+        assert {first, second} <= set(world.open)
+
+    def test_the_least_that_was_seen_counts_not_the_average(self):
+        world = running()
+        world.arrive("a")
+        world.finish("g0", inference_s=3.0)
+        assert world.ends[world.arrive("a", patience_s=2.0)] is RejectReason.HOPELESS
+        world.arrive("a")
+        world.finish("g0", inference_s=1.5)
+        assert world.arrive("a", patience_s=2.0) in world.open
+
+    def test_while_nobody_else_asks_for_a_model_a_request_is_let_in_as_things_may_have_changed(self):
+        world = running()
+        world.finish("g0", inference_s=50.0)
+        once_more = world.arrive("a", patience_s=2.0)
+        world.finish("g0", inference_s=1.0)
+        assert world.ends[once_more] is End.ANSWERED
+        world.arrive("a")
+        assert world.arrive("a", patience_s=2.0) in world.open
+
+    def test_one_that_waits_is_refused_when_its_time_is_less_than_a_run(self):
+        world = running()
+        request_id = world.arrive("b", patience_s=4.0)
+        world.wait(3.0)
+        assert request_id in world.open
+        world.wait(0.25)
+        assert world.ends[request_id] is RejectReason.HOPELESS
+        assert world.scheduler.next_wakeup_s() is None
+
+    def test_one_in_a_local_queue_too(self):
+        world = World("lalb", gpus=(2.0, 2.0))
+        world.arrive("a")
+        world.loaded("g0")
+        request_id = world.arrive("a", patience_s=2.0)
+        assert world.local("g0") == [request_id]
+        world.wait(1.5)
+        assert world.ends[request_id] is RejectReason.HOPELESS
+        assert world.local("g0") == []
+
+    def test_one_whose_model_is_loaded_for_it_has_until_its_deadline(self):
+        world = World("lb")
+        request_id = world.arrive("a", patience_s=2.0)
+        world.wait(1.75)
+        assert request_id in world.open
+        world.wait(0.25)
+        assert world.ends[request_id] is RejectReason.DEADLINE
+        assert world.rejects[request_id].message == "no GPU could start it within its 2 s deadline"
+        world.loaded("g0")
+        assert world.doing("g0") == "idle"
+
+    def test_one_that_waits_for_its_second_try(self):
+        world = World("lb", gpus=(2.0, 2.0))
+        request_id = world.arrive("a", patience_s=2.0)
+        world.arrive("b")
+        world.load_fails("g0")
+        world.wait(2.0)
+        assert world.ends[request_id] is RejectReason.HOPELESS
+
+    def test_a_run_that_has_begun_is_never_late(self):
+        world = World("lb")
+        request_id = world.arrive("a", patience_s=6.0)
+        world.serve("g0", inference_s=60.0)
+        assert world.ends == {request_id: End.ANSWERED}
+
+    def test_whatever_happens_first_after_a_deadline_starts_nothing_hopeless(self):
+        world = running()
+        request_id = world.arrive("a", patience_s=2.0)
+        world.now_s = 3.0  # the wake-up call is overdue when the run ends
+        world.finish("g0")
+        assert world.ends[request_id] is RejectReason.DEADLINE
+        assert world.doing("g0") == "idle"
+
+    def test_one_that_arrives_too_late_never_waits(self):
+        world = World("lb")
+        assert world.ends[world.arrive("a", patience_s=0.0)] is RejectReason.DEADLINE
+
+    def test_the_next_wakeup_is_that_of_a_request_still_open(self):
+        world = running()
+        soon, later = world.arrive("b", patience_s=6.0), world.arrive("b", patience_s=8.0)
+        assert world.scheduler.next_wakeup_s() == 3.0, "half of its time"
+        world.cancel(soon)
+        assert world.scheduler.next_wakeup_s() == 4.0
+        world.wait(8.0)
+        assert world.ends == {soon: End.CANCELLED, later: RejectReason.HOPELESS}
+
+
+def model_without_figures():
+    from scheduling_world import model
+
+    return model("new", load_s=None, inference_s=None)
+
+
+class TestOrder:
+    @pytest.mark.parametrize("policy", ["lb", "lalb", "hotset"])
+    def test_one_whose_deadline_presses_goes_before_older_ones(self, policy: str):
+        world = running(policy)
+        world.arrive("b")
+        world.wait(1.0)
+        urgent = world.arrive("c", patience_s=8.0)
+        world.wait(6.5)
+        assert urgent in world.open
+        world.finish("g0")
+        assert world.doing("g0") == "loading c"
+
+    def test_where_no_deadline_presses_the_order_is_that_of_arrival(self):
+        world = running()
+        world.arrive("b")
+        world.arrive("c", patience_s=60.0)
+        world.wait(3.0)
+        world.finish("g0")
+        assert world.doing("g0") == "loading b"
+        assert not world.scheduler.cluster.queues.several
+
+    def test_of_two_that_press_the_one_with_less_time_left_goes_first(self):
+        world = running()
+        later, sooner = world.arrive("b", patience_s=9.0), world.arrive("c", patience_s=8.5)
+        world.wait(7.0)
+        world.finish("g0")
+        assert world.doing("g0") == "loading c"
+        assert {later, sooner} <= set(world.open)
+
+    def test_one_that_is_held_for_a_batch_may_press_as_well(self):
+        world = World("lb", config=SchedulerConfig())
+        world.arrive("a")
+        world.serve("g0")
+        world.arrive("a", patience_s=9.0)
+        assert world.doing("g0") == "running a"

@@ -1,0 +1,258 @@
+"""Fair shares between callers, priorities, and places in a full queue. Loads take 4 s, runs 1 s."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from scheduling_world import End, World
+
+from hotset.scheduling import fairness, standing
+from hotset.scheduling.config import SchedulerConfig
+from hotset.scheduling.fairness import CREDIT, FairShares, Usage
+from hotset.vocabulary import RejectReason, Request
+
+
+def hot(policy: str = "lb", models: str = "a", **options: object) -> World:
+    """One GPU that holds these models, idle."""
+    world = World(policy, models=tuple(models), gpus=(float(len(models)),), **options)  # type: ignore[arg-type]
+    for name in models:
+        world.arrive(name, caller="flood")
+        world.serve("g0")
+    return world
+
+
+def served(world: World, ids: list[int]) -> list[int]:
+    return [request_id for request_id in ids if world.ends.get(request_id) is End.ANSWERED]
+
+
+def usage(world: World, caller: str) -> Usage:
+    return world.scheduler.cluster.queues.usage[caller]
+
+
+ARRIVALS = {"flood": 200, "second": 60}
+
+
+class TestShares:
+    @pytest.mark.parametrize("policy", ["lb", "lalb", "lalb_o3", "hotset", "mqfq_sticky", "pow2_multiplex"])
+    def test_a_caller_within_his_share_does_not_wait_behind_a_flood(self, policy: str):
+        world = hot(policy)
+        for _ in range(50):
+            world.arrive("a", caller="flood")
+        quiet = world.arrive("a", caller="quiet")
+        world.finish("g0")
+        world.finish("g0")
+        assert world.ends[quiet] is End.ANSWERED
+
+    def test_not_even_behind_hits_with_a_model_that_must_be_loaded(self):
+        world = World("hotset", eviction="hotset", models=("a", "b"), gpus=(1.0,))
+        for _ in range(50):
+            world.arrive("a", caller="flood")
+        world.serve("g0")
+        world.arrive("b", caller="quiet")
+        world.finish("g0")
+        assert world.doing("g0") == "loading b"
+
+    def test_two_floods_share_alike(self):
+        world = hot()
+        ids = {caller: [world.arrive("a", caller=caller) for _ in range(count)] for caller, count in ARRIVALS.items()}
+        for _ in range(60):
+            world.finish("g0")
+        first, second = (len(served(world, ids[caller])) for caller in ARRIVALS)
+        assert first + second == 60
+        assert abs(first - second) <= 10, "but for what the second was behind, and the slack"
+
+    def test_a_weight_is_a_share(self):
+        world = hot()
+        ids = {
+            caller: [world.arrive("a", caller=caller, weight=weight) for _ in range(200)]
+            for caller, weight in (("light", 1.0), ("heavy", 3.0))
+        }
+        for _ in range(120):
+            world.finish("g0")
+        assert 2.2 <= len(served(world, ids["heavy"])) / len(served(world, ids["light"])) <= 4.0
+
+    def test_what_the_others_leave_is_everybodys(self):
+        world = hot()
+        flood = [world.arrive("a", caller="flood") for _ in range(20)]
+        world.arrive("a", caller="quiet")
+        world.drain()
+        assert served(world, flood) == flood
+
+    def test_a_load_is_on_the_account_of_who_caused_it(self):
+        world = World("lb", models=("a", "b"), gpus=(2.0,))
+        world.arrive("a", caller="one")
+        world.arrive("a", caller="two")
+        world.wait(4.0)
+        world.loaded("g0", load_s=4.0)
+        world.finish("g0", inference_s=1.0)
+        world.finish("g0", inference_s=2.0)
+        assert (usage(world, "one").load_s, usage(world, "one").run_s) == (4.0, 1.0)
+        assert (usage(world, "two").load_s, usage(world, "two").run_s) == (0.0, 2.0)
+        shares = world.scheduler.cluster.queues._shares[0]
+        spent = {caller: account.spent_s for caller, account in shares.accounts.items()}
+        assert spent["one"] > spent["two"]
+
+    def test_a_run_that_is_shared_is_paid_for_in_parts(self):
+        world = World("lb", models=("a",), gpus=(1.0,), config=SchedulerConfig(burst_s=10.0))
+        world.arrive("a", caller="one")
+        world.arrive("a", caller="two")
+        world.arrive("a", caller="two")
+        world.loaded("g0")
+        world.finish("g0", inference_s=3.0)
+        assert (usage(world, "one").run_s, usage(world, "two").run_s) == (1.0, 2.0)
+
+    def test_a_caller_who_cancels_a_flood_has_gained_nothing(self):
+        world = hot()
+        for _ in range(5):
+            world.arrive("a", caller="flood")
+        taken_back = [world.arrive("a", caller="flood") for _ in range(40)]
+        quiet = world.arrive("a", caller="quiet")
+        for request_id in taken_back:
+            world.cancel(request_id)
+        world.finish("g0")
+        world.finish("g0")
+        assert world.ends[quiet] is End.ANSWERED
+
+    def test_nobody_is_ahead_or_behind_by_more_than_the_credit(self):
+        shares = FairShares(lambda: 10.0)
+        flood = shares.open(Request(request_id=1, model="a", arrival_s=0.0, caller="flood"), Usage())
+        quiet = shares.open(Request(request_id=2, model="a", arrival_s=0.0, caller="quiet"), Usage())
+        assert quiet.spent_s == -10 * CREDIT
+        shares.charge(flood, 1000.0)
+        assert shares.fair_s == 500.0
+        assert flood.spent_s == 500.0 + 10 * CREDIT
+
+    def test_silent_callers_are_forgotten_once_they_are_as_good_as_new(self):
+        world = hot()
+        world.arrive("a", caller="flood")
+        world.arrive("a", caller="quiet")
+        world.drain()
+        shares = world.scheduler.cluster.queues._shares[0]
+        assert shares.contended
+        for _ in range(30):
+            world.arrive("a", caller="flood")
+        world.drain()
+        assert list(shares.accounts) == ["flood"]
+        assert not shares.contended
+        assert not shares._backlogged
+        world.arrive("a", caller="flood")
+        for _ in range(3):
+            world.arrive("a", caller="flood")
+        back = world.arrive("a", caller="quiet")
+        world.finish("g0")
+        world.finish("g0")
+        assert world.ends[back] is End.ANSWERED
+
+    def test_memory_does_not_grow_with_callers(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(fairness, "MOST_IDLE", 3)
+        monkeypatch.setattr(standing, "MOST_CALLERS", 4)
+        world = hot()
+        for number in range(10):
+            world.arrive("a", caller=f"caller {number}")
+            world.finish("g0", inference_s=0.0)
+        queues = world.scheduler.cluster.queues
+        assert len(queues._shares[0].accounts) <= 4
+        assert list(queues.usage) == ["flood", "caller 0", "caller 1", "caller 2", standing.OTHERS]
+        assert queues.usage[standing.OTHERS].requests == 7
+
+    def test_without_a_gpu_everybody_waits_for_one(self):
+        world = World("lb", gpus=(), models=("a",))
+        ids = [world.arrive("a", caller=caller) for caller in ("one", "two", "one", "two")]
+        world.join(1.0)
+        world.serve("g0")
+        world.finish("g0", inference_s=20.0)
+        world.lose("g0")
+        ids.append(world.arrive("a", caller="two"))
+        world.join(1.0)
+        world.drain()
+        assert served(world, ids) == ids
+
+
+class TestPriorities:
+    def test_the_higher_goes_first(self):
+        world = hot()
+        world.arrive("a")
+        order = [world.arrive("a", priority=priority) for priority in (-1, 0, 2, 1)]
+        ended = []
+        while world.open:
+            world.finish("g0")
+            ended += [request_id for request_id in order if request_id in world.ends and request_id not in ended]
+        assert [order.index(request_id) for request_id in ended] == [2, 3, 1, 0]
+
+    def test_a_low_one_is_passed_over_so_many_times_and_no_more(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(standing, "MOST_PASSED", 4)
+        world = hot()
+        for _ in range(20):
+            world.arrive("a", priority=1)
+        low = [world.arrive("a", priority=-1) for _ in range(3)]
+        for _ in range(16):
+            world.finish("g0")
+        assert served(world, low) == low[:3]
+        world.drain()
+
+    def test_shares_are_told_apart_within_a_priority(self):
+        world = hot()
+        for _ in range(20):
+            world.arrive("a", caller="flood", priority=1)
+        quiet = world.arrive("a", caller="quiet", priority=1)
+        low = world.arrive("a", caller="quiet")
+        world.finish("g0")
+        world.finish("g0")
+        assert world.ends[quiet] is End.ANSWERED
+        assert low in world.open
+
+    def test_who_is_owed_goes_before_whose_deadline_presses(self):
+        world = hot()
+        for _ in range(5):
+            world.arrive("a", caller="flood")
+        pressed = [world.arrive("a", caller="flood", patience_s=3.5) for _ in range(2)]
+        world.wait(2.0)
+        quiet = world.arrive("a", caller="quiet")
+        world.finish("g0")
+        world.finish("g0")
+        assert world.ends[quiet] is End.ANSWERED
+        assert pressed[0] in world.open
+        assert world.running("g0") == (pressed[0],), "and then those that press"
+
+
+class TestFullQueue:
+    def full(self, priority: int = 0) -> tuple[World, list[int]]:
+        world = hot(config=SchedulerConfig(max_queue=3))
+        return world, [world.arrive("a", caller="flood", priority=priority) for _ in range(4)]
+
+    def test_a_flood_makes_place_for_others(self):
+        world, flood = self.full()
+        quiet = world.arrive("a", caller="quiet")
+        assert quiet in world.open
+        assert world.ends == {1: End.ANSWERED, flood[-1]: RejectReason.QUEUE_FULL}
+        assert world.rejects[flood[-1]].retry_after_s == 3.0
+
+    def test_but_not_for_its_own(self):
+        world, flood = self.full()
+        assert world.ends[world.arrive("a", caller="flood")] is RejectReason.QUEUE_FULL
+        assert set(flood) <= set(world.open)
+
+    def test_places_are_shared_until_everybody_has_as_many(self):
+        world, flood = self.full()
+        ids = [world.arrive("a", caller="quiet") for _ in range(6)]
+        ends = Counter(world.ends[request_id] for request_id in (*flood, *ids) if request_id in world.ends)
+        assert ends == {RejectReason.QUEUE_FULL: 6}
+        assert len([request_id for request_id in ids if request_id in world.open]) >= 2
+
+    def test_a_place_that_was_given_up_already_is_not_taken(self):
+        world, flood = self.full()
+        world.arrive("a", caller="quiet")
+        world.cancel(flood[2])
+        world.arrive("a", caller="quiet")
+        assert world.arrive("a", caller="third") in world.open
+        assert world.ends[flood[1]] is RejectReason.QUEUE_FULL
+
+    def test_a_lower_priority_makes_place_for_a_higher_one(self):
+        world, flood = self.full(priority=-1)
+        assert world.arrive("a", caller="flood") in world.open
+        assert world.ends[flood[-1]] is RejectReason.QUEUE_FULL
+
+    def test_a_higher_priority_makes_none_for_a_lower_one(self):
+        world, _ = self.full()
+        assert world.ends[world.arrive("a", caller="quiet", priority=-1)] is RejectReason.QUEUE_FULL
