@@ -13,7 +13,9 @@ from test_model_files import ROWS, WEIGHT, classifier, script
 from v2_world import Scale, World, binary_output, run, tensor
 
 from hotset.errors import ConfigurationError
+from hotset.functions.contract import FunctionKind, options_of
 from hotset.functions.model_files import FileSettings
+from hotset.functions.model_files.function import make_class
 from hotset.gateway.v2 import repository
 from hotset.gateway.v2.repository import DirectoryRepository
 from hotset.store.repository import ModelFolder, read_model, scan
@@ -27,8 +29,8 @@ output [
   { name: "scores" data_type: TYPE_FP32 dims: [ 4 ] label_filename: "labels.txt" },
   { name: "logits.1" data_type: TYPE_FP32 dims: [ 4 ] }
 ]
-dynamic_batching { }
-instance_group [ { kind: KIND_CPU } ]
+dynamic_batching { preferred_batch_size: [ 8 ] max_queue_delay_microseconds: 2500 }
+instance_group [ { name: "one" kind: KIND_GPU count: 1 } ]
 version_policy { specific { versions: [ 1, 3 ] } }
 """
 YAML = """
@@ -77,12 +79,26 @@ def test_a_directory_is_read_as_triton_users_lay_it_out(tmp_path: Path) -> None:
     assert found["plain"].versions[0].settings == FileSettings()
     assert [each.version for each in found["cls"].versions] == ["3", "1"]
     settings = found["cls"].versions[0].settings
-    assert (settings.max_rows, settings.join, settings.cpu) == (8, True, True)
+    assert (settings.max_rows, settings.join, settings.join_wait_s, settings.cpu) == (8, True, 0.0025, False)
     assert settings.outputs[0].labels == ("cat", "dog")
     own = found["net"].versions[0]
     assert (own.file.name, own.settings.gpu_memory, own.settings.timeout) == ("net.pt", "50MiB", "5s")
     with pytest.raises(ConfigurationError, match="cannot be read"):
         scan(tmp_path / "absent")
+
+
+def test_where_and_how_long_a_configuration_lets_requests_wait(tmp_path: Path) -> None:
+    batching = "max_batch_size: 8 dynamic_batching { max_queue_delay_microseconds: 2500 }"
+    for name, config, kind, max_batch, wait_s in (
+        ("delayed", batching, FunctionKind.GPU, 8, 0.0025),
+        ("plain", "max_batch_size: 8", FunctionKind.GPU, 1, 0.0),
+        ("cpu", "max_batch_size: 8 instance_group [ { kind: KIND_CPU } ]", FunctionKind.CPU, 1, 0.0),
+    ):
+        folder = read_model(add(tmp_path, name, 1, config))
+        assert folder.problem is None
+        served = options_of(make_class(folder.versions[0].file, folder.versions[0].settings, module="m"))
+        assert served is not None
+        assert (served.kind, served.max_batch, served.max_batch_wait_s) == (kind, max_batch, wait_s)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +110,17 @@ def test_a_directory_is_read_as_triton_users_lay_it_out(tmp_path: Path) -> None:
         ('backend: "onnxruntime" platform: "onnxruntime_onnx"', "both backend and platform"),
         ("max_batch_size: -1", "must be 0 or more"),
         ("dynamic_batching { }", "needs a max_batch_size"),
-        ("max_batch_size: 8 dynamic_batching { preferred_batch_size: [4] }", "leave out preferred_batch_size"),
-        ("max_batch_size: 8 dynamic_batching { max_queue_delay_microseconds: 9 }", "max_queue_delay_microseconds"),
+        ("max_batch_size: 8 dynamic_batching { preferred_batch_size: [4, 8] }", "leave out preferred_batch_size"),
+        ("max_batch_size: 8 dynamic_batching { max_queue_delay_microseconds: 60000001 }", "at most 60 seconds"),
+        ("max_batch_size: 8 dynamic_batching { preserve_ordering: true }", "leave out preserve_ordering"),
+        ("max_batch_size: 8 dynamic_batching { } instance_group [ { kind: KIND_CPU } ]", "run one by one"),
+        ("max_batch_size: 8 dynamic_batching { priority_levels: 2 }", "priority_levels"),
+        ("instance_group [ { kind: KIND_MODEL } ]", "use KIND_GPU or KIND_CPU"),
+        ("instance_group [ { count: 1 }, { count: 1 } ]", "leave out count"),
+        ("instance_group [ { profile: ['p'] } ]", "profile"),
+        ('parameters [ { key: "a" value: { string_value: "b" } } ]', "parameters"),
+        ('input [ { name: "x" data_type: TYPE_FP32 dims: [3] reshape: { shape: [] } } ]', "reshape"),
+        ("response_cache { enable: true }", "response_cache"),
         ("instance_group [ { count: 2 } ]", "leave out count"),
         ("instance_group [ { gpus: [0] } ]", "leave out gpus"),
         ("model_transaction_policy { decoupled: true }", "leave out decoupled"),

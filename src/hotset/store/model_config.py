@@ -25,6 +25,8 @@ _BACKENDS = {
     ".safetensors": ("pytorch", "pytorch_module"),
 }
 """Model file -> the backend or platform that a configuration may name for it."""
+LONGEST_DELAY_S = 60
+"""That a request may be held back for a batch."""
 _ANY_BACKEND = ("", "hotset")
 _NEEDS = "pip install 'hotset[repository]'"
 
@@ -81,6 +83,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The model's file in each version; empty: the usual names."""
     max_rows: int = 0
     join: bool = False
+    join_wait_s: float = 0.0
     cpu: bool = False
     inputs: tuple[Declared, ...] = ()
     outputs: tuple[Declared, ...] = ()
@@ -100,6 +103,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
             outputs=tuple(msgspec.structs.replace(each, labels=names.get(each.name, ())) for each in self.outputs),
             max_rows=self.max_rows,
             join=self.join,
+            join_wait_s=self.join_wait_s,
             cpu=self.cpu,
             gpu_memory=self.own.gpu_memory,
             timeout=self.own.timeout,
@@ -166,13 +170,17 @@ def _settings(config: Any, name: str, own: OwnSettings) -> ModelSettings:
     file_name = config.default_model_filename
     if file_name and (Path(file_name).name != file_name or Path(file_name).suffix not in _BACKENDS):
         raise ConfigurationError(f"default_model_filename {file_name!r} must name a file of {', '.join(_BACKENDS)}")
+    join, cpu = _joins(config), _on_cpu(config)
+    if join and cpu:
+        raise ConfigurationError("on the CPU requests run one by one: leave out dynamic_batching, or KIND_CPU")
     return ModelSettings(
         policy=_policy(config),
         backend=config.backend or config.platform,
         file_name=file_name,
         max_rows=config.max_batch_size,
-        join=_joins(config),
-        cpu=_on_cpu(config),
+        join=join,
+        join_wait_s=config.dynamic_batching.max_queue_delay_microseconds / 1e6,
+        cpu=cpu,
         inputs=tuple(_declared(each) for each in config.input),
         outputs=tuple(_declared(each) for each in config.output),
         labels=tuple(Label(each.name, each.label_filename) for each in config.output if each.label_filename),
@@ -194,13 +202,16 @@ def _joins(config: Any) -> bool:
     if not config.HasField("dynamic_batching"):
         return False
     batching = config.dynamic_batching
-    if batching.preferred_batch_size or batching.max_queue_delay_microseconds:
-        raise ConfigurationError(
-            "dynamic_batching joins the requests that wait already and delays none: leave out preferred_batch_size and "
-            "max_queue_delay_microseconds"
-        )
     if config.max_batch_size < 2:
         raise ConfigurationError("dynamic_batching needs a max_batch_size of at least 2")
+    if any(size != config.max_batch_size for size in batching.preferred_batch_size):
+        raise ConfigurationError(
+            "dynamic_batching fills up to max_batch_size: leave out preferred_batch_size, or make it the same"
+        )
+    if batching.max_queue_delay_microseconds > LONGEST_DELAY_S * 1e6:
+        raise ConfigurationError(f"max_queue_delay_microseconds must be at most {LONGEST_DELAY_S} seconds")
+    if batching.preserve_ordering:
+        raise ConfigurationError("requests are answered as soon as they are done: leave out preserve_ordering")
     return True
 
 
@@ -213,6 +224,8 @@ def _on_cpu(config: Any) -> bool:
     if group.gpus:
         raise ConfigurationError("instance_group: the scheduler chooses the GPU: leave out gpus")
     kind = group.DESCRIPTOR.enum_types_by_name["Kind"].values_by_number[group.kind].name
+    if kind == "KIND_MODEL":
+        raise ConfigurationError("instance_group: a model does not choose its device: use KIND_GPU or KIND_CPU")
     return bool(kind == "KIND_CPU")
 
 

@@ -47,6 +47,8 @@ class FileSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Above 0: the first dimension counts rows, and a request may bring so many (Triton's max_batch_size)."""
     join: bool = False
     """Requests that wait are run together, up to ``max_rows`` rows (Triton's dynamic_batching)."""
+    join_wait_s: float = 0.0
+    """How long one may be held back for others to join it (Triton's max_queue_delay_microseconds)."""
     cpu: bool = False
     """Runs on the CPU and holds no GPU memory."""
     gpu_memory: str | int | None = None
@@ -237,6 +239,7 @@ def _options(adapter: Adapter, settings: FileSettings) -> FunctionOptions:
         kind=FunctionKind.CPU if settings.cpu else FunctionKind.GPU,
         gpu_memory_bytes=memory_bytes,
         max_batch=min(settings.max_rows, MAX_BATCH) if settings.join else 1,
+        max_batch_wait_s=settings.join_wait_s if settings.join else 0.0,
         timeout_s=timeout_s,
         load_timeout_s=load_timeout_s,
     )
