@@ -101,7 +101,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--functions", type=int, default=20)
-    parser.add_argument("--least", type=float, default=0.0)
+    parser.add_argument("--least", type=float, default=2_000.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "data") as (url, server):
         deploy(url, Path(folder), options.functions)

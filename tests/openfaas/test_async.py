@@ -221,6 +221,33 @@ def test_asynchronous_calls_wait_while_interactive_ones_have_the_gpu(tmp_path):
     with_callbacks(story, tmp_path)
 
 
+def test_no_more_asynchronous_calls_are_handed_in_than_run_at_once_and_functions_take_turns(tmp_path):
+    async def story(faas: Faas, receiver: Receiver):
+        faas.node.default = FakeFunction(load_s=0, inference_s=0.002, respond=echo)
+        await faas.deploy("many", "cat", **ON_GPU)
+        await faas.deploy("few", "cat", labels={"com.openfaas.scale.max": "1"}, **ON_GPU)
+        await faas.deploy("cpu", "cat")
+        most: dict[str, int] = {"many": 0, "few": 0}
+        submit = faas.control.submit
+
+        def watched(function, *args, **kwargs):
+            pending = submit(function, *args, **kwargs)
+            if function in most:
+                most[function] = max(most[function], faas.control.functions.current[function].calls)
+                assert faas.control.open_gpu_calls <= 2, "one for each GPU"
+            return pending
+
+        faas.control.submit = watched
+        for name in ("many", "few", "cpu"):
+            for number in range(12):
+                reply = await faas.http.post(f"/async-function/{name}", content=str(number).encode())
+                assert reply.status_code == 202
+        await until(lambda: not faas.queued())
+        assert most == {"many": 2, "few": 1}
+
+    with_callbacks(story, tmp_path, gpus=2)
+
+
 def test_calls_survive_a_restart(tmp_path):
     async def first(faas: Faas, receiver: Receiver):
         await faas.deploy("cat", "cat", **ON_GPU)

@@ -76,8 +76,8 @@ class AsyncQueue:
         self._records = records
         self._most_queued = most_queued
         self._unix_time = unix_time
-        self._lanes: dict[bool, deque[AsyncCall]] = {True: deque(), False: deque()}
-        """Ready to be made: those that need a GPU, and those that do not."""
+        self._lines: dict[str, deque[AsyncCall]] = {}
+        """Ready to be made, by function: they take turns, and none waits behind another's calls."""
         self._later: list[tuple[float, int, AsyncCall]] = []
         """To be tried again: when, number, call."""
         self._running: set[asyncio.Task[None]] = set()
@@ -93,7 +93,9 @@ class AsyncQueue:
         self.inflight: Counter[str] = Counter()
         """Calls being made, by the name they are made under."""
         self._on_gpus = 0
-        """Asynchronous calls that are on a GPU, or on their way there."""
+        """Asynchronous calls that are on a GPU, or in line for one."""
+        self._coming: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+        """Calls that are read from the disk to be handed in, by function: for GPUs, and others."""
         self._news = asyncio.Event()
         self._to_write = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -131,7 +133,7 @@ class AsyncQueue:
 
     def pending(self) -> Counter[str]:
         """Calls that wait to be made, or made again, by function. Linear in them."""
-        waiting = [call for lane in self._lanes.values() for call in lane]
+        waiting = [call for line in self._lines.values() for call in line]
         waiting += [call for _, _, call in self._later]
         return Counter(call.function for call in waiting if call.number in self._known)
 
@@ -189,7 +191,7 @@ class AsyncQueue:
         if call.number not in self._known:
             self._known[call.number] = call.body_bytes
             self._bytes += call.body_bytes
-        self._lanes[self._on_gpu(call)].append(call)
+        self._lines.setdefault(call.function, deque()).append(call)
         self._news.set()
 
     def _forget(self, call: AsyncCall) -> None:
@@ -197,25 +199,15 @@ class AsyncQueue:
         self.ended += call.number in self._known
         self._bytes -= self._known.pop(call.number, 0)
 
-    def _on_gpu(self, call: AsyncCall) -> bool:
-        version = self._control.functions.current.get(key_of(call.function))
-        return version is not None and version.spec.scheduled is not None
-
     async def _dispatch(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             self._news.clear()
             while self._later and self._later[0][0] <= loop.time():
                 self._ready(heapq.heappop(self._later)[2])
-            for on_gpu, lane in self._lanes.items():
-                while lane and len(self._running) < MOST_OPEN and self._room(lane[0], on_gpu):
-                    call = lane.popleft()
-                    if call.number in self._known:
-                        task = asyncio.create_task(self._make(call))
-                        self._running.add(task)
-                        task.add_done_callback(self._over)
-                        await asyncio.sleep(0)  # let it hand in its call, which the next look at the room counts
-            waits_s = LOOK_S if any(self._lanes.values()) else None
+            while self._take_turns():
+                pass
+            waits_s = LOOK_S if self._lines else None
             if self._later:
                 until_s = max(0.0, self._later[0][0] - loop.time())
                 waits_s = until_s if waits_s is None else min(waits_s, until_s)
@@ -224,20 +216,50 @@ class AsyncQueue:
             except TimeoutError:
                 continue
 
-    def _room(self, call: AsyncCall, on_gpu: bool) -> bool:
-        """Whether the call would run at once: interactive calls never wait behind calls that nobody waits for."""
-        control = self._control
-        if not control.accepting:
+    def _take_turns(self) -> bool:
+        """Make one call of each function that there is room for; whether there was any."""
+        made = False
+        for function in list(self._lines):
+            made |= self._next_of(function)
+        return made
+
+    def _next_of(self, function: str) -> bool:
+        """Make the oldest call of a function, if there is room for it; whether there was."""
+        line = self._lines[function]
+        if len(self._running) >= MOST_OPEN or not self._control.accepting or not self._room(key_of(function)):
             return False
-        if not on_gpu:
-            return control.open_cpu_calls < max(1, os.cpu_count() or 1)
-        gpus = len(control.scheduler.cluster.gpus)
-        open_calls = control.open_gpu_calls
-        if open_calls > self._on_gpus:  # some of them are interactive
-            return open_calls < gpus
-        version = control.functions.current.get(key_of(call.function))
+        call = line.popleft()
+        if not line:
+            del self._lines[function]
+        if call.number in self._known:
+            coming = self._coming[self._on_gpu(key_of(function))]
+            coming[function] += 1
+            task = asyncio.create_task(self._make(call, coming))
+            self._running.add(task)
+            task.add_done_callback(self._over)
+        return True
+
+    def _on_gpu(self, key: str) -> bool:
+        version = self._control.functions.current.get(key)
+        return version is not None and version.spec.scheduled is not None
+
+    def _room(self, key: str) -> bool:
+        """Whether a call would run at once: interactive calls never wait behind calls that nobody waits for."""
+        control = self._control
+        version = control.functions.current.get(key)
         scheduled = None if version is None else version.spec.scheduled
-        return open_calls < gpus * (1 if scheduled is None else scheduled.max_batch)
+        coming = self._coming[scheduled is not None]
+        if version is None or scheduled is None:
+            return control.open_cpu_calls + coming.total() < max(1, os.cpu_count() or 1)
+        gpus = len(control.scheduler.cluster.gpus)
+        copies = gpus if scheduled.max_copies is None else min(gpus, scheduled.max_copies)
+        own = sum(count for function, count in coming.items() if key_of(function) == key)
+        if version.calls + own >= copies * scheduled.max_batch:
+            return False  # every GPU that may hold it has as much to do as it takes at once
+        open_calls = control.open_gpu_calls + coming.total()
+        if control.open_gpu_calls > self._on_gpus:  # some of them are interactive
+            return open_calls < gpus
+        return open_calls < gpus * scheduled.max_batch
 
     def _over(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -247,8 +269,13 @@ class AsyncQueue:
 
     # One call
 
-    async def _make(self, call: AsyncCall) -> None:
-        stored = await asyncio.to_thread(self.store.request, call.number)
+    async def _make(self, call: AsyncCall, coming: Counter[str]) -> None:
+        try:
+            stored = await asyncio.to_thread(self.store.request, call.number)
+        finally:
+            coming[call.function] -= 1  # from here to its being handed in, nothing else happens
+            if not coming[call.function]:
+                del coming[call.function]
         if stored is None:
             self._forget(call)
             return
@@ -318,6 +345,7 @@ class AsyncQueue:
             self._on_gpus -= on_gpu
             self.inflight[call.function] -= 1
             self.inflight += Counter()  # drops those at 0
+            self._news.set()
 
     async def _call_back(self, url: str, call: AsyncCall, answer: _Answer) -> str | None:
         """Send the answer until it is taken; returns why it was not."""
