@@ -9,7 +9,7 @@ import pytest
 from gateway_world import GPU, MIB, World, run, version
 
 from hotset.gateway.metrics import BUCKETS_S, HotsetCollector, exposition
-from hotset.gateway.readings import gpu_metrics, learned, prefetches, processes, smallest_gpu_bytes, waiting
+from hotset.gateway.readings import gpu_metrics, learned, prefetches, processes, smallest_gpu_bytes, thrashing, waiting
 from hotset.gateway.state import TracedModel, TraceHeader, TraceRow, explain, state_of, trace, trace_header
 from hotset.simulation.traces import open_trace
 from hotset.vocabulary import Gpu
@@ -107,7 +107,12 @@ def test_metrics_are_prometheus_text():
     async def story():
         control = (await busy_world()).control
         collector = HotsetCollector(
-            list(control.functions.metrics()), gpu_metrics(control), waiting(control), ["gone"], prefetches(control)
+            list(control.functions.metrics()),
+            gpu_metrics(control),
+            waiting(control),
+            ["gone"],
+            prefetches(control),
+            thrashing=thrashing(control) is not None,
         )
         body, content_type = exposition(collector)
         lines = body.decode().splitlines()
@@ -122,6 +127,7 @@ def test_metrics_are_prometheus_text():
             'hotset_false_misses_total{function="dog"} 0.0',
             'hotset_evictions_total{function="dog"} 0.0',
             'hotset_queue_length{function="dog"} 1.0',
+            "hotset_thrashing 0.0",
             f'hotset_gpu_memory_used_bytes{{gpu="{GPU}"}} 1.8874368e+08',
             f'hotset_gpu_up{{gpu="{GPU}"}} 1.0',
             'hotset_gpu_up{gpu="gone"} 0.0',

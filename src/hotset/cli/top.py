@@ -55,10 +55,19 @@ def render_state(state: dict[str, Any]) -> RenderableType:
         style="bold" if state["healthy"] else "bold red",
     )
     parts: list[RenderableType] = [title, _gpus(state), _functions(state)]
+    if state["thrashing"] is not None:
+        parts.insert(1, Text(_thrashing(state["thrashing"]), style="bold red"))
     for host in state["hosts"]:
         used, capacity = format_bytes(host["used_bytes"]), format_bytes(host["capacity_bytes"])
         parts.append(Text(f"parked in the host memory of {host['node']}: {used} of {capacity}"))
     return Group(*parts)
+
+
+def _thrashing(episode: dict[str, Any]) -> str:
+    return (
+        f"THRASHING: {episode['swapping']:.0%} of the GPUs' time went into swapping models: more of them are called "
+        "than fit. Each GPU now stays with a model for longer; give it more GPUs or fewer functions."
+    )
 
 
 def _gpus(state: dict[str, Any]) -> Table:

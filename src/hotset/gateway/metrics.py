@@ -3,7 +3,7 @@
 Exported (docs/operations.md): ``hotset_requests_total``, ``hotset_request_seconds``, ``hotset_queue_seconds_total``,
 ``hotset_load_seconds_total``, ``hotset_inference_seconds_total``, ``hotset_hits_total``, ``hotset_restores_total``,
 ``hotset_misses_total``, ``hotset_false_misses_total``, ``hotset_offloads_total``, ``hotset_evictions_total`` and
-``hotset_queue_length`` by function;
+``hotset_queue_length`` by function; ``hotset_thrashing``;
 ``hotset_gpu_up``, ``hotset_gpu_memory_used_bytes``, ``hotset_gpu_memory_capacity_bytes`` and ``hotset_gpu_busy_ratio``
 by GPU; ``hotset_prefetches_total`` by outcome.
 """
@@ -139,14 +139,18 @@ class HotsetCollector:
         waiting: Mapping[str, int],
         lost_gpus: Collection[str] = (),
         prefetches: Mapping[str, int] | None = None,
+        *,
+        thrashing: bool = False,
     ) -> None:
         """``waiting``: function -> calls whose run has not begun. ``lost_gpus``: by their ids, not among ``gpus``.
-        ``prefetches``: outcome -> models that were loaded ahead; None: none ever is."""
+        ``prefetches``: outcome -> models that were loaded ahead; None: none ever is. ``thrashing``: GPUs swap models
+        more than they run them."""
         self._functions = functions
         self._gpus = gpus
         self._waiting = waiting
         self._lost_gpus = lost_gpus
         self._prefetches = prefetches or {}
+        self._thrashing = thrashing
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -173,6 +177,9 @@ class HotsetCollector:
         for outcome, count in self._prefetches.items():
             ahead.add_metric([outcome], count)
         yield ahead
+        thrashing = GaugeMetricFamily("hotset_thrashing", "1 while GPUs swap models more than they run them.")
+        thrashing.add_metric([], self._thrashing)
+        yield thrashing
         up = GaugeMetricFamily("hotset_gpu_up", "1 while the GPU serves, 0 once it is lost.", labels=["gpu"])
         for gpu_id in self._lost_gpus:
             up.add_metric([gpu_id], 0)

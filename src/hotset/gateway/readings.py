@@ -6,6 +6,7 @@ from hotset.gateway.control import Control
 from hotset.gateway.metrics import GpuMetrics
 from hotset.node.history import ModelHistory
 from hotset.node.interface import ProcessReport
+from hotset.scheduling.thrash import Episode
 from hotset.store.datastore import ProfileRecord
 from hotset.vocabulary import Profile
 
@@ -47,6 +48,11 @@ def prefetches(control: Control) -> dict[str, int]:
     """What became of the models that were loaded ahead: those that are neither yet are not counted."""
     cache = control.scheduler.cache
     return {"useful": cache.useful_prefetches, "useless": cache.useless_prefetches}
+
+
+def thrashing(control: Control) -> Episode | None:
+    """While GPUs swap models more than they run them, and calls queue up: since when, and how badly."""
+    return control.scheduler.cluster.thrash.episode(control.now_s())
 
 
 def gpu_metrics(control: Control) -> list[GpuMetrics]:

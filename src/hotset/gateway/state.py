@@ -14,6 +14,7 @@ from hotset.node.interface import ProcessReport
 from hotset.scheduling.cluster import Cluster
 from hotset.scheduling.journal import Explanation
 from hotset.scheduling.policies.interface import PolicySettings
+from hotset.scheduling.thrash import Episode
 from hotset.vocabulary import Gpu, Model
 
 TRACE_VERSION = 1
@@ -115,6 +116,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     """Models that were loaded."""
     hit_ratio: float | None
     """None before the first run."""
+    thrashing: Episode | None
+    """GPUs swap models more than they run them, since then (on the control loop's clock); None: they do not."""
     hosts: list[HostReport]
     gpus: list[GpuReport]
     functions: list[FunctionState]
@@ -233,6 +236,7 @@ def state_of(control: Control, processes: list[ProcessReport] | None = None) -> 
         restores=restores,
         misses=misses,
         hit_ratio=hits / (hits + restores + misses) if hits + restores + misses else None,
+        thrashing=readings.thrashing(control),
         hosts=_hosts(control),
         gpus=_gpus(control),
         functions=functions,

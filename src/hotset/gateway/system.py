@@ -325,6 +325,7 @@ class SystemApi:
                 readings.waiting(control),
                 control.lost_gpus,
                 readings.prefetches(control),
+                thrashing=readings.thrashing(control) is not None,
             ),
             GatewayCollector(functions, gauges),
             HttpCollector(self._requests, functions, gauges),

@@ -19,6 +19,7 @@ from hotset.scheduling.profiles import Profiles
 from hotset.scheduling.queue import Entry, GlobalQueue
 from hotset.scheduling.rates import ArrivalRates
 from hotset.scheduling.standing import Queues
+from hotset.scheduling.thrash import ThrashGuard
 from hotset.vocabulary import Gpu, Model
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Cluster:
         """GPUs with nothing to do, the one idle longest first."""
         self.prices = Prices(self)
         self.queues = Queues(self)
+        self.thrash = ThrashGuard(self)
         self.gathering = Gathering(self)
         self._holders = HolderIndex(cache, self.gpus)
         self._joined = 0

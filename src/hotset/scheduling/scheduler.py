@@ -363,13 +363,13 @@ class Scheduler:
     def _run_finished(self, event: RunFinished, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
         work = self._work_of(gpu, event.model)
-        entries = work.entries
-        self._queues.ran(entries, event.inference_s)
-        for entry in entries:
+        self._queues.ran(work.entries, event.inference_s)
+        for entry in work.entries:
             self._requests.end(entry.request.request_id)
         if work.note is not None:
             work.note.finished_s = now_s
-        self.profiles.observe_run(event.model, gpu.kind, len(entries), event.inference_s)
+        self.cluster.thrash.run_s += event.inference_s
+        self.profiles.observe_run(event.model, gpu.kind, len(work.entries), event.inference_s)
         self.quarantine.succeeded(event.model)
         self._release(gpu, event.model, now_s)
 

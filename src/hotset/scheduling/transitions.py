@@ -27,6 +27,8 @@ class Transitions:
         cluster, cache, memory = self._cluster, self._cache, gpu.memory
         for parked in room.forgotten:
             self.forget(cluster.gpus[memory.host.parked[parked].gpu_id], parked.model)
+        if room.victims:
+            cluster.thrash.swapped(cluster.load_s(model, gpu), now_s)
         for victim in room.victims:
             cache.evict(memory, victim)
         for victim in room.unloaded:

@@ -36,6 +36,9 @@ URGENCY = 1.5
 CROWDING = 8.0
 """How much dearer that time gets for each request, per GPU, that waits for a model that no GPU holds."""
 
+STAY_LOADS = 4.0
+"""How long a GPU that thrashes may stay with a model, in times of its load, although an older request is due."""
+
 
 class _Load(msgspec.Struct, frozen=True, gc=False):
     """Where a model could be loaded."""
@@ -113,7 +116,7 @@ class Hotset:
         if head is None or not cluster.idle:
             return None
         if self._is_due(cluster, head, now_s):
-            return self._in_order(cluster, now_s)
+            return self._stay(cluster, head, now_s) or self._in_order(cluster, now_s)
         hit = self._hit(cluster, head, now_s)
         if hit is not None:
             return hit
@@ -132,6 +135,19 @@ class Hotset:
             oldest_s = min((entry.request.arrival_s for entry in others), default=now_s)
             return now_s - oldest_s >= self.longest_wait_s
         return cluster.queue.skips_of_head >= self.most_skips or now_s - head.request.arrival_s >= self.longest_wait_s
+
+    def _stay(self, cluster: Cluster, head: Entry, now_s: float) -> Placement | None:
+        """While GPUs thrash: the oldest request for a model that was loaded lately where it is, on that GPU."""
+        if cluster.queue.skips_of_head >= self.most_skips or cluster.thrash.episode(now_s) is None:
+            return None
+        lines, gpu = cluster.queue.models, next(reversed(cluster.idle))
+        for model, resident in reversed(gpu.memory.residents.items()):
+            line = lines.get(model)
+            if line is not None and model != gpu.memory.copying:
+                stay_s = (1.0 + STAY_LOADS) * cluster.prices.outlook(model, gpu, now_s).load_s
+                if now_s - resident.loaded_s < stay_s:
+                    return Placement(line[0], gpu, Rule.LONGER_RUN, skips=line[0] is not head)
+        return None
 
     def _in_order(self, cluster: Cluster, now_s: float) -> Placement | None:
         """The oldest request that fits on an idle GPU: where its model is, else where room is cheapest."""

@@ -25,6 +25,7 @@ class Rule(Enum):
     OUT_OF_ORDER_HIT = "the GPU holds the model of a younger request"
     CHEAPEST_ROOM = "no GPU holds the model; room costs least here"
     EXTRA_COPY = "its holders cannot drain its line as soon as another copy can help"
+    LONGER_RUN = "GPUs swap models more than they run them: this one stays with its model for a while"
     OLDEST_FIRST = "it was passed over as often, or has waited as long, as is allowed"
     AHEAD = "every GPU is taken; the model is loaded ahead where it can run soonest"
     FAIR_HIT = "the least served function whose model is on an idle GPU"
