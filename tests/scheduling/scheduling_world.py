@@ -164,10 +164,11 @@ class World:
 
     def wait(self, seconds: float) -> None:
         """Time passes; ``TimeAdvanced`` comes when the scheduler asked to be woken."""
-        until_s = self.now_s + seconds
+        until_s, woken_s = self.now_s + seconds, -math.inf
         while (wakeup_s := self.scheduler.next_wakeup_s()) is not None and wakeup_s <= until_s:
             assert wakeup_s >= self.now_s, "asked to be woken in the past"
-            self.now_s = wakeup_s
+            assert wakeup_s > woken_s, "asked to be woken again and again"
+            self.now_s = woken_s = wakeup_s
             self.handle(TimeAdvanced())
         self.now_s = until_s
 

@@ -178,6 +178,15 @@ def test_one_that_does_not_load_is_tried_again_later_and_later(config):
     assert world.scheduler.next_wakeup_s() is None
 
 
+def test_nobody_is_woken_for_one_that_was_removed_while_it_was_left_alone():
+    config = SchedulerConfig(quarantine=QuarantineSettings(after=1, first_s=2.0))
+    world = World(gpus=(2.0,), models=[pinned("a")], config=config)
+    world.load_fails("g0")
+    assert world.scheduler.next_wakeup_s() == 2.0
+    world.remove("a")
+    assert world.scheduler.next_wakeup_s() is None
+
+
 def test_it_moves_when_its_gpu_is_lost_and_spreads_when_one_joins():
     world = World(gpus=(2.0,), models=[pinned("a", copies=2)])
     world.loaded("g0")

@@ -69,7 +69,7 @@ class Pins:
         for gpu_id, pins in self._plan(self._wanted()).items():
             cluster.cache.pin(cluster.gpus[gpu_id].memory, pins)
         cluster.measure_room()
-        self.unsettled = bool(self._pinned)
+        self.unsettled, self.wakeup_s = bool(self._pinned), None
 
     def models(self) -> list[str]:
         """Those that copies are kept of."""
