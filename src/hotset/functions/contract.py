@@ -40,6 +40,15 @@ class FunctionKind(Enum):
     """A plain function: needs no GPU."""
 
 
+class LoadCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of comparing a version's fast load with its ordinary one (node/worker/check.py)."""
+
+    fast: bool
+    """Its loads may be fast."""
+    text: str
+    """For people."""
+
+
 class FunctionOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a function wants to be run, as its decorator says; ``hotset deploy`` flags override it."""
 

@@ -14,10 +14,14 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
+import msgspec
+
 from hotset.errors import BundleError, ConfigurationError, HotsetError
+from hotset.functions.contract import LoadCheck
 from hotset.functions.http_envelope import PROCESS_ENTRY, SECRETS_VARIABLE
 from hotset.gateway.control import Control
 from hotset.gateway.description import describe, guess_module
+from hotset.gateway.load_checks import LoadChecks
 from hotset.gateway.openfaas.images import Images
 from hotset.gateway.openfaas.naming import DEFAULT_NAMESPACE, Name, check_secret_name, name_of
 from hotset.gateway.openfaas.resources import GpuProfile, GpuRequest, read_gpu_request
@@ -73,6 +77,7 @@ class Deployments:
         self._learned: dict[str, list[ProfileRecord]] = defaultdict(list)
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._restoring: set[asyncio.Task[None]] = set()
+        self._load_checks = LoadChecks()
 
     # At start and stop
 
@@ -110,9 +115,11 @@ class Deployments:
                 return
             if self.records.get(record.name) is record:
                 self._put_in_service(record, path, environment.python)
+                self._check_load(record, path, environment.python)
 
     async def close(self) -> None:
         """Stop what is being installed; what was learned is written down."""
+        await self._load_checks.close()
         await asyncio.to_thread(self._environments.close)
         for task in list(self._restoring):
             task.cancel()
@@ -161,7 +168,24 @@ class Deployments:
             self.records[record.name] = record
             self.unavailable.pop(record.name, None)
             self._put_in_service(record, path, python)
+            self._check_load(record, path, python)
         return record
+
+    def _check_load(self, record: FunctionRecord, path: Path, python: str) -> None:
+        """In the background: are fast loads of this version right?"""
+
+        async def checked(check: LoadCheck) -> None:
+            async with self._turns[record.name]:
+                if self.records.get(record.name) is not record:
+                    return  # another version has taken its place
+                known = msgspec.structs.replace(record, load_check=check)
+                await asyncio.to_thread(self.store.deploy, known, self.bundle(record.bundle))
+                self.records[record.name] = known
+                log.info("%s: fast loads: %s", record.model, check.text)
+                if not check.fast and record.name in self.control.functions.current:
+                    self._put_in_service(known, path, python)
+
+        self._load_checks.start(record, path, python, checked)
 
     def bundle(self, digest: str) -> BundleRecord:
         """The bundle of this digest; raises ``BundleError`` when it is not on this server."""

@@ -12,14 +12,15 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil  # type: ignore[import-untyped]
 
 from hotset.errors import BundleError, FunctionError
-from hotset.functions.contract import FunctionOptions
+from hotset.functions.contract import FunctionOptions, LoadCheck
 from hotset.store import supervised
 
 IMPORT_TIMEOUT_S = 120.0
@@ -66,9 +67,30 @@ async def describe(
 
     Raises ``FunctionError`` with what is wrong: the contract's sentence, or the end of the user's own traceback.
     """
+    try:
+        output, tail = await run_supervised(
+            [python, "-P", "-m", "hotset.gateway.description", str(code_path), entry], env, progress, timeout_s
+        )
+    except TimeoutError:
+        raise FunctionError(f"importing {entry} took longer than {timeout_s:g} s: move slow work into load") from None
+    try:
+        answer = msgspec.json.decode(output, type=Description | _Failure)
+    except msgspec.DecodeError:
+        raise FunctionError("\n".join([f"importing {entry} failed", *tail])) from None
+    if isinstance(answer, _Failure):
+        raise FunctionError(answer.error)
+    return answer
+
+
+async def run_supervised(
+    command: Sequence[str], env: Mapping[str, str], progress: Callable[[str], None], timeout_s: float
+) -> tuple[bytes, Sequence[str]]:
+    """Run it in a session that ends with it; what it wrote to its output, and its last lines of errors.
+
+    ``progress`` gets each of these lines. Raises ``TimeoutError``.
+    """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-S", supervised.__file__),
-        *(python, "-P", "-m", "hotset.gateway.description", str(code_path), entry),
+        *(sys.executable, "-I", "-S", supervised.__file__, *command),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -82,19 +104,29 @@ async def describe(
         async with asyncio.timeout(timeout_s):
             output, _ = await asyncio.gather(_read(process.stdout), _follow(process.stderr, tail, progress))
             await process.wait()
-    except TimeoutError:
-        raise FunctionError(f"importing {entry} took longer than {timeout_s:g} s: move slow work into load") from None
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+    return output, tail
+
+
+async def check_load(python: str, code_path: Path, entry: str, env: Mapping[str, str], timeout_s: float) -> LoadCheck:
+    """Compare the function's fast load with its ordinary one, in a process of their own."""
+    free_bytes = psutil.virtual_memory().available // 2
+    module = "hotset.node.worker.check"
     try:
-        answer = msgspec.json.decode(output, type=Description | _Failure)
+        output, _ = await run_supervised(
+            [python, "-P", "-m", module, str(code_path), entry, str(free_bytes)],
+            {**env, "CUDA_VISIBLE_DEVICES": ""},
+            lambda _: None,
+            timeout_s,
+        )
+        return msgspec.json.decode(output, type=LoadCheck)
+    except TimeoutError:
+        return LoadCheck(fast=True, text=f"not checked: it took longer than {timeout_s:g} s")
     except msgspec.DecodeError:
-        raise FunctionError("\n".join([f"importing {entry} failed", *tail])) from None
-    if isinstance(answer, _Failure):
-        raise FunctionError(answer.error)
-    return answer
+        return LoadCheck(fast=True, text="not checked: the process that loaded it both ways did not survive")
 
 
 async def _read(stream: asyncio.StreamReader) -> bytes:

@@ -167,6 +167,7 @@ def version_spec(
             frameworks=record.frameworks,
             timeout_s=options.timeout_s,
             load_timeout_s=options.load_timeout_s,
+            fast_load=record.load_check is None or record.load_check.fast,
         ),
         scheduled=Model(
             name=record.model,

@@ -99,6 +99,8 @@ class LoadOrder(msgspec.Struct, frozen=True, kw_only=True):
     """Device memory that is free for the model; None: not counted (CPU functions)."""
     env: Mapping[str, str] = {}
     """The function's environment variables."""
+    fast: bool = True
+    """Make the load fast (``worker/fast_load.py``)."""
     copy_bandwidth: float | None = None
     """Bytes a second at which weights get to the device where that is modelled; None: as fast as they do."""
 

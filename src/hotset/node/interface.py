@@ -35,6 +35,8 @@ class LaunchSpec(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 60.0
     """Longest one run may take before the process counts as hung."""
     load_timeout_s: float = 300.0
+    fast_load: bool = True
+    """Its loads were not seen to come out wrong when they are made fast (``worker/fast_load.py``)."""
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -196,6 +196,7 @@ class Lane:
             entry=spec.entry,
             code_path=spec.code_path,
             device=self.device.device_name,
+            fast=spec.fast_load,
             copy_bandwidth=self.device.copy_bandwidth,
         )
         process = ModelProcess(self, spec, order, self._source, {**spec.env, **self.device.environment()})

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from hotset.functions.contract import FunctionOptions
+from hotset.functions.contract import FunctionOptions, LoadCheck
 
 VERSION_DIGITS = 12
 """Hexadecimal digits of a version: enough that two versions of one function never meet."""
@@ -67,6 +67,8 @@ class FunctionRecord(msgspec.Struct, frozen=True, kw_only=True):
     schema: Mapping[str, Any] = msgspec.field(default_factory=dict)
     """JSON schema of its input and output, from the signature."""
     client: ClientFields = ClientFields()
+    load_check: LoadCheck | None = None
+    """None: its loads are not checked, or not yet."""
     created_at_s: float
     """Unix time at which this version was deployed."""
 

@@ -91,6 +91,8 @@ class FunctionDetails(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float
     load_timeout_s: float
     retry: bool
+    fast_load: str | None = None
+    """What came of comparing its fast load with its ordinary one; None: it is being checked, or has none."""
     gpus: list[str]
     """Where it is resident now."""
     waiting: int

@@ -6,6 +6,7 @@ is for the node to judge.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -114,7 +115,7 @@ class Worker:
             _limit_cuda(order)
             before_bytes = private_bytes()
             try:
-                with fast_load():
+                with fast_load() if order.fast else contextlib.nullcontext():
                     runtime.load()
             except Incomplete as reason:
                 sys.stderr.write(f"hotset: load is run as it is, which is slower: {reason}\n")

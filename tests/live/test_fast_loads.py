@@ -1,0 +1,49 @@
+"""A server says whether a function's fast loads are right, and makes none that are not; also after a restart."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from live_server import ENDS_WITHIN_S, LiveServer, live_server
+
+from hotset.cli.remote import Remote
+
+NET = """
+import torch
+import hotset
+
+@hotset.function(gpu_memory="10MiB")
+class Net:
+    def load(self, device: str) -> None:
+        torch.manual_seed(4)
+        self.net = torch.nn.Linear(4, 4)
+        self.net.load_state_dict({"weight": torch.eye(4), "bias": torch.zeros(4)})
+        self.more = %s
+
+    def predict(self) -> list[float]:
+        return [float(each) for each in self.more]
+"""
+
+
+def verdict(server: LiveServer, name: str) -> str:
+    deadline_s = time.monotonic() + 3 * ENDS_WITHIN_S
+    with Remote(server.url) as remote:
+        while (text := remote.function(name)["hotset"]["fast_load"]) is None:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+    return str(text)
+
+
+def test_fast_loads_are_checked_and_not_used_where_they_are_wrong(tmp_path: Path) -> None:
+    wrong = "not used: a tensor of (2,) differs from the ordinary load's"
+    with live_server(tmp_path / "data") as server:
+        server.deploy("right", NET % "torch.ones(2)", tmp_path)
+        server.deploy("wrong", NET % "torch.randn(2)", tmp_path)
+        assert verdict(server, "right") == "equal to the ordinary load, bit by bit"
+        assert verdict(server, "wrong") == wrong
+        with Remote(server.url) as remote:
+            first = remote.invoke("wrong", b"{}", {}).json()
+    with live_server(tmp_path / "data") as server, Remote(server.url) as remote:
+        assert remote.function("wrong")["hotset"]["fast_load"] == wrong
+        assert remote.invoke("wrong", b"{}", {}).json() == first
