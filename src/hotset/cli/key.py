@@ -7,6 +7,7 @@ import click
 from hotset.cli.options import gateway_option, json_option, print_rows
 from hotset.cli.output import write_json
 from hotset.cli.remote import Remote
+from hotset.vocabulary import HIGHEST_PRIORITY, LOWEST_PRIORITY, NORMAL_PRIORITY
 
 
 @click.group()
@@ -16,13 +17,28 @@ def key() -> None:
 
 @key.command("create")
 @click.argument("function")
-@click.option("--name", help="To tell it from others; one is made up.")
+@click.option("--name", help="To tell it from others, and its caller's name; one is made up.")
+@click.option(
+    "--weight",
+    type=click.FloatRange(0, 1000, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Its caller's share of the GPUs' time, relative to others'.",
+)
+@click.option(
+    "--priority",
+    type=click.IntRange(LOWEST_PRIORITY, HIGHEST_PRIORITY),
+    default=NORMAL_PRIORITY,
+    show_default=True,
+    help="Of its calls, and the most that they may ask for; the higher goes first.",
+)
 @gateway_option
 @json_option
-def create(function: str, name: str | None, gateway: str, as_json: bool) -> None:
+def create(function: str, name: str | None, weight: float, priority: int, gateway: str, as_json: bool) -> None:
     """Make a key for FUNCTION and print it, this once."""
     with Remote(gateway) as remote:
-        made = remote.change("POST", "/system/keys", {"function": function, "name": name})
+        wanted = {"function": function, "name": name, "weight": weight, "priority": priority}
+        made = remote.change("POST", "/system/keys", wanted)
     if as_json:
         write_json(made)
     else:
@@ -40,8 +56,13 @@ def list_keys(gateway: str, as_json: bool) -> None:
     if as_json:
         write_json(keys)
     else:
-        rows = [(each["name"], each["function"], each["created_at"]) for each in keys]
-        print_rows(("key", "function", "created"), rows, empty="There are no keys: hotset key create FUNCTION")
+        columns = ("name", "function", "weight", "priority", "created_at")
+        rows = [tuple(str(each[column]) for column in columns) for each in keys]
+        print_rows(
+            ("key", "function", "weight", "priority", "created"),
+            rows,
+            empty="There are no keys: hotset key create FUNCTION",
+        )
 
 
 @key.command("remove")

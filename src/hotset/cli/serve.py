@@ -92,6 +92,12 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
 )
 @click.option("--max-queue", default=10_000, show_default=True, type=click.IntRange(min=1), help="Most waiting calls.")
 @click.option("--max-queue-per-function", type=click.IntRange(min=1), help="Most waiting calls of one function.")
+@click.option(
+    "--caller-header",
+    default="",
+    metavar="NAME",
+    help="Trust this header of a proxy to name the caller of calls that show no key.",
+)
 @click.option("--burst", default="2ms", show_default=True, metavar="TIME", help="Calls this short share a run.")
 @click.option("--max-body", default="64MiB", show_default=True, metavar="SIZE", help="Largest request body.")
 @click.option(
@@ -149,6 +155,7 @@ def serve(
     prefetch_recurring: bool,
     max_queue: int,
     max_queue_per_function: int | None,
+    caller_header: str,
     burst: str,
     max_body: str,
     grpc_port: int | None,
@@ -205,6 +212,7 @@ def serve(
         prefetch_recurring=prefetch_recurring,
         max_queue=max_queue,
         max_queue_per_function=max_queue_per_function,
+        caller_header=caller_header,
         burst_s=parse_duration(burst, "--burst"),
         max_body_bytes=parse_bytes(max_body, "--max-body"),
         grpc_port=grpc_port,

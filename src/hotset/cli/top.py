@@ -19,6 +19,7 @@ from hotset.cli.remote import Remote
 from hotset.functions.units import format_bytes
 
 BAR_WIDTH = 10
+MOST_CALLERS = 10
 
 
 @click.command()
@@ -57,6 +58,8 @@ def render_state(state: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [title, _gpus(state), _functions(state)]
     if state["thrashing"] is not None:
         parts.insert(1, Text(_thrashing(state["thrashing"]), style="bold red"))
+    if len(state["callers"]) > 1:
+        parts.append(_callers(state["callers"][:MOST_CALLERS]))
     for host in state["hosts"]:
         used, capacity = format_bytes(host["used_bytes"]), format_bytes(host["capacity_bytes"])
         parts.append(Text(f"parked in the host memory of {host['node']}: {used} of {capacity}"))
@@ -68,6 +71,17 @@ def _thrashing(episode: dict[str, Any]) -> str:
         f"THRASHING: {episode['swapping']:.0%} of the GPUs' time went into swapping models: more of them are called "
         "than fit. Each GPU now stays with a model for longer; give it more GPUs or fewer functions."
     )
+
+
+def _callers(callers: list[dict[str, Any]]) -> Table:
+    """Shares of GPU time since the start, of those that most was spent on."""
+    table = _table("caller", "calls", "GPU time", "of it loads", "share")
+    total_s = sum(each["run_s"] + each["load_s"] for each in callers) or 1.0
+    for each in callers:
+        spent_s = each["run_s"] + each["load_s"]
+        row = (each["name"] or "(nobody)", str(each["requests"]), f"{spent_s:.1f} s", f"{each['load_s']:.1f} s")
+        table.add_row(*row, f"{spent_s / total_s:.0%}")
+    return table
 
 
 def _gpus(state: dict[str, Any]) -> Table:

@@ -16,6 +16,7 @@ from typing import Any
 from hotset.functions.codecs import V2
 from hotset.functions.http_envelope import REQUEST
 from hotset.gateway.bodies import Bodies, BodyError
+from hotset.gateway.callers import CallerError
 from hotset.gateway.calls import CallRecord, Chunks, Deliver, PendingCall, Receive, Result, StreamBroken
 from hotset.gateway.control import Control
 from hotset.gateway.fronts import Reply
@@ -140,11 +141,16 @@ class Gateway:
         if content_type.startswith(V2):
             raise BodyError(415, "inference requests of the v2 protocol go to /v2/models/NAME/infer")
         timeout = headers.get(b"x-hotset-timeout")
+        try:
+            caller = self._control.callers.of(headers)
+        except CallerError as error:
+            raise BodyError(400, str(error)) from None
         return self._control.submit(
             version.function,
             body,
             content_type,
             headers.get(b"accept", b"*/*").decode("latin-1"),
+            caller=caller,
             timeout_s=None if timeout is None else _seconds(timeout),
             receive=receive,
             deliver=deliver,

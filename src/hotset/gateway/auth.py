@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hotset.errors import ConfigurationError
 from hotset.gateway.app import Application, Headers, Scope, Send
+from hotset.gateway.callers import shown_key
 from hotset.gateway.calls import Receive
 from hotset.gateway.openfaas.naming import key_of
 from hotset.gateway.statuses import error_body
@@ -85,14 +86,18 @@ class ApiKeys:
 
     def __init__(self, records: Iterable[ApiKeyRecord] = ()) -> None:
         self._digests: defaultdict[str, set[str]] = defaultdict(set)
+        self._records: dict[str, ApiKeyRecord] = {}
+        """By digest."""
         for record in records:
             self.add(record)
 
     def add(self, record: ApiKeyRecord) -> None:
         self._digests[record.function].add(record.digest)
+        self._records[record.digest] = record
 
     def remove(self, record: ApiKeyRecord) -> None:
         self._digests[record.function].discard(record.digest)
+        self._records.pop(record.digest, None)
         if not self._digests[record.function]:
             del self._digests[record.function]
 
@@ -104,6 +109,10 @@ class ApiKeys:
         digest = key_digest(shown)
         # All of them, so that the time says nothing about which.
         return sum(hmac.compare_digest(digest, each) for each in known) > 0
+
+    def record(self, shown: bytes) -> ApiKeyRecord | None:
+        """What is known of a key."""
+        return self._records.get(key_digest(shown)) if shown else None
 
     def __bool__(self) -> bool:
         return bool(self._digests)
@@ -149,7 +158,7 @@ class Guard:
             return _REFUSED, [challenge, (b"content-type", b"text/plain; charset=utf-8")]
         if self._keys and path.startswith(CALLS):
             function = key_of(path.split("/", 4)[3 if path.startswith("/v2") else 2])
-            if not self._keys.allow(function, _shown_key(headers)):
+            if not self._keys.allow(function, shown_key(dict(headers))):
                 body = error_body(f"{function} is called with a key: send Authorization: Bearer KEY")
                 return body, [(b"www-authenticate", b"Bearer"), (b"content-type", b"application/json")]
         return None
@@ -170,11 +179,6 @@ def _is_foreign(scope: Scope) -> bool:
 
 def _under(path: str, parts: Iterable[str]) -> bool:
     return any(path == part or path.startswith(f"{part}/") for part in parts)
-
-
-def _shown_key(headers: Headers) -> bytes:
-    scheme, _, key = _header(headers, b"authorization").partition(b" ")
-    return key.strip() if scheme.lower() == b"bearer" else _header(headers, b"x-api-key")
 
 
 def _header(headers: Headers, name: bytes) -> bytes:

@@ -16,11 +16,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import msgspec
 
+from hotset.gateway.callers import NOBODY, Caller, Callers
 from hotset.gateway.calls import CallIds, CallRecord, Chunks, Deliver, PendingCall, Receive, Result
+from hotset.gateway.clock import Clock
 from hotset.gateway.functions import Functions, Learned, Version, VersionSpec
 from hotset.gateway.logbook import Logbook, LogLine
 from hotset.gateway.orders import Orders
@@ -56,14 +57,6 @@ SHUTTING_DOWN = "the server is shutting down: try again elsewhere"
 log = logging.getLogger("hotset.gateway")
 
 
-class Clock(Protocol):
-    """What the control loop needs of time; ``asyncio`` loops fit."""
-
-    def time(self) -> float: ...
-
-    def call_later(self, delay: float, callback: Callable[[], object], /) -> object: ...
-
-
 class ControlConfig(msgspec.Struct, frozen=True, kw_only=True):
     recorded_calls: int = 100_000
     """How many finished calls are kept for ``/system/trace``; the oldest go first."""
@@ -89,6 +82,7 @@ class Control:
         self.config = config or ControlConfig()
         self.scheduler = scheduler
         self.functions = Functions()
+        self.callers = Callers()  # its owner may tell them apart better
         self.logbook = Logbook()
         self.ids = CallIds()
         self.records: deque[CallRecord] = deque(maxlen=self.config.recorded_calls)
@@ -229,7 +223,7 @@ class Control:
         content_type: str = "application/json",
         accept: str = "*/*",
         *,
-        caller: str = "",
+        caller: Caller = NOBODY,
         timeout_s: float | None = None,
         receive: Receive | None = None,
         deliver: Deliver | None = None,
@@ -262,7 +256,13 @@ class Control:
             self._submit_to_cpu(pending, deadline_s)
         else:
             request = Request(
-                request_id=request_id, model=version.model, arrival_s=now_s, deadline_s=deadline_s, caller=caller
+                request_id=request_id,
+                model=version.model,
+                arrival_s=now_s,
+                deadline_s=deadline_s,
+                caller=caller.name,
+                weight=caller.weight,
+                priority=caller.priority,
             )
             self._handle(RequestArrived(request))
         return pending
@@ -286,7 +286,7 @@ class Control:
         content_type: str = "application/json",
         accept: str = "*/*",
         *,
-        caller: str = "",
+        caller: Caller = NOBODY,
         timeout_s: float | None = None,
     ) -> Result:
         """``submit`` and wait; cancelling the wait is leaving."""
@@ -324,8 +324,8 @@ class Control:
     def _reject(
         self, pending: PendingCall, reason: RejectReason, message: str, retry_after_s: float | None = None
     ) -> None:
-        call_id = self.ids.public(pending.request_id)
-        status = STATUS[reason]
+        call_id, status = self.ids.public(pending.request_id), STATUS[reason]
+        pending.version.metrics.hopeless += reason is RejectReason.HOPELESS
         if reason is RejectReason.FAILED and self._failing is not None:
             status = STATUS_OF_FAILURE.get(self._failing, status)
         self._end(

@@ -7,6 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -17,6 +18,7 @@ from hotset.gateway.auth import ApiKeys, key_digest
 from hotset.gateway.operations import ACCEPTED, Answer, Operation, name_parameter
 from hotset.gateway.web import accepted, json_response, read_json, rfc3339
 from hotset.store.datastore import ApiKeyRecord, Datastore, FunctionRecord
+from hotset.vocabulary import HIGHEST_PRIORITY, LOWEST_PRIORITY, NORMAL_PRIORITY
 
 PATH = "/system/keys"
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
@@ -26,6 +28,10 @@ class KeyRequest(msgspec.Struct, frozen=True, kw_only=True):
     function: str
     name: str | None = None
     """To tell it from others; None: one is made up."""
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 1.0
+    """Of its caller's share of the GPUs' time."""
+    priority: Annotated[int, msgspec.Meta(ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY)] = NORMAL_PRIORITY
+    """Of calls that show it, and the most that they may ask for."""
 
 
 class NewKey(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +44,8 @@ class NewKey(msgspec.Struct, frozen=True, kw_only=True):
 class KeyStatus(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     function: str
+    weight: float
+    priority: int
     created_at: str
     """RFC 3339."""
 
@@ -82,7 +90,16 @@ class KeysApi:
     async def listed(self, request: Request) -> Response:
         records = await asyncio.to_thread(self._store.named, ApiKeyRecord)
         return json_response(
-            [KeyStatus(name=r.name, function=r.function, created_at=rfc3339(r.created_at_s)) for r in records]
+            [
+                KeyStatus(
+                    name=record.name,
+                    function=record.function,
+                    weight=record.weight,
+                    priority=record.priority,
+                    created_at=rfc3339(record.created_at_s),
+                )
+                for record in records
+            ]
         )
 
     async def make(self, request: Request) -> Response:
@@ -94,7 +111,14 @@ class KeysApi:
         if any(record.name == name for record in await asyncio.to_thread(self._store.named, ApiKeyRecord)):
             raise HTTPException(409, f"there is a key {name!r} already: take it back first, or choose another name")
         key = f"hs_{secrets.token_urlsafe(32)}"
-        record = ApiKeyRecord(name=name, function=function, digest=key_digest(key.encode()), created_at_s=time.time())
+        record = ApiKeyRecord(
+            name=name,
+            function=function,
+            digest=key_digest(key.encode()),
+            created_at_s=time.time(),
+            weight=wanted.weight,
+            priority=wanted.priority,
+        )
         await asyncio.to_thread(self._store.save_named, record)
         self._keys.add(record)
         return json_response(NewKey(name=name, function=function, key=key), 201)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from hotset.gateway.calls import CallRecord
+    from hotset.scheduling.fairness import Usage
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 """Upper bounds of the latency histogram: from a small model that is hot to a big one that must be loaded first."""
@@ -46,6 +47,7 @@ class FunctionMetrics:
         "false_misses",
         "function",
         "hits",
+        "hopeless",
         "inference_s",
         "load_s",
         "misses",
@@ -64,6 +66,8 @@ class FunctionMetrics:
         self.load_s = 0.0
         self.inference_s = 0.0
         self.hits = 0
+        self.hopeless = 0
+        """Calls that were refused because they could not be answered in time any more."""
         self.misses = 0
         self.false_misses = 0
         self.evictions = 0
@@ -95,6 +99,11 @@ class FunctionMetrics:
         return 0 if good is None else good.count
 
     @property
+    def in_time(self) -> int:
+        """Calls that were answered within their deadline, and not with an error (goodput)."""
+        return sum(of_status.count for status, of_status in self.by_status.items() if status < 400)
+
+    @property
     def duration_s(self) -> float:
         """Of all calls together."""
         return sum(of_status.duration_s for of_status in self.by_status.values())
@@ -120,6 +129,8 @@ _COUNTERS = (
     ("queue_s", "hotset_queue_seconds", "Seconds that calls waited for a GPU."),
     ("load_s", "hotset_load_seconds", "Seconds spent on loads and restores for the calls that caused them."),
     ("inference_s", "hotset_inference_seconds", "Seconds spent in the function itself."),
+    ("in_time", "hotset_answers_in_time", "Calls that were answered within their deadline: goodput."),
+    ("hopeless", "hotset_hopeless", "Calls that were refused as they could not be answered in time any more."),
     ("hits", "hotset_hits", "Calls that found their model in GPU memory."),
     ("restores", "hotset_restores", "Calls whose model was parked in host memory and had to be restored."),
     ("misses", "hotset_misses", "Calls whose model had to be loaded."),
@@ -202,6 +213,25 @@ def cumulative(bounds: Sequence[float], buckets: Sequence[int]) -> list[tuple[st
         total += count
         out.append((bound, total))
     return out
+
+
+class CallersCollector:
+    """What was spent on each caller. So many callers are told apart and no more (``standing.MOST_CALLERS``)."""
+
+    def __init__(self, usage: Mapping[str, Usage]) -> None:
+        self._usage = usage
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily
+
+        text = "GPU seconds spent on a caller: on runs, and on the loads that its calls caused."
+        spent = CounterMetricFamily("hotset_caller_gpu_seconds", text, labels=["caller", "spent_on"])
+        calls = CounterMetricFamily("hotset_caller_requests", "Calls of a caller that could wait.", labels=["caller"])
+        for caller, usage in self._usage.items():
+            spent.add_metric([caller, "runs"], usage.run_s)
+            spent.add_metric([caller, "loads"], usage.load_s)
+            calls.add_metric([caller], usage.requests)
+        yield from (spent, calls)
 
 
 class Collector(Protocol):

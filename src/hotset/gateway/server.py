@@ -18,6 +18,7 @@ from hotset.errors import StoreError
 from hotset.gateway.app import PREFIX, Gateway
 from hotset.gateway.auth import ApiKeys, Guard
 from hotset.gateway.bodies import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_OPEN_BYTES, Bodies
+from hotset.gateway.callers import Callers
 from hotset.gateway.control import Control, ControlConfig
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.direct import DirectProtocol
@@ -74,6 +75,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_queue: int = 10_000
     """Most calls that wait; one more gets a 429."""
     max_queue_per_function: int | None = None
+    caller_header: str = ""
+    """Names the caller of a call that shows no key; empty: none is trusted."""
     burst_s: float = 0.002
     """Waiting calls of one model share a run while it is expected to stay shorter than this."""
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
@@ -148,6 +151,7 @@ async def run(
         )
         keys = ApiKeys()
         try:
+            control.callers = Callers(keys, config.caller_header)
             await control.start()
             await deployments.restore()
             v2_config = V2Config(

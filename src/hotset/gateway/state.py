@@ -100,6 +100,17 @@ class FunctionState(msgspec.Struct, frozen=True, kw_only=True):
     """Where the time of its last load went."""
 
 
+class CallerState(msgspec.Struct, frozen=True, kw_only=True):
+    """One caller since the start; the empty name is nobody in particular."""
+
+    name: str
+    requests: int
+    run_s: float
+    """GPU seconds of runs."""
+    load_s: float
+    """GPU seconds of the loads that the caller's calls caused."""
+
+
 class State(msgspec.Struct, frozen=True, kw_only=True):
     """Everything ``hotset top`` shows."""
 
@@ -121,6 +132,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     hosts: list[HostReport]
     gpus: list[GpuReport]
     functions: list[FunctionState]
+    callers: list[CallerState]
+    """Those that most was spent on, first."""
     processes: list[ProcessReport] | None = None
     """Only when asked for: reading a process's memory takes milliseconds."""
 
@@ -240,8 +253,17 @@ def state_of(control: Control, processes: list[ProcessReport] | None = None) -> 
         hosts=_hosts(control),
         gpus=_gpus(control),
         functions=functions,
+        callers=_callers(control),
         processes=processes,
     )
+
+
+def _callers(control: Control) -> list[CallerState]:
+    callers = [
+        CallerState(name=name, requests=usage.requests, run_s=usage.run_s, load_s=usage.load_s)
+        for name, usage in control.scheduler.cluster.queues.usage.items()
+    ]
+    return sorted(callers, key=lambda caller: -caller.run_s - caller.load_s)
 
 
 def _hosts(control: Control) -> list[HostReport]:

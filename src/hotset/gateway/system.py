@@ -24,7 +24,7 @@ from hotset.gateway.dashboard import Dashboard
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.keys import KeysApi
 from hotset.gateway.logbook import LogLine
-from hotset.gateway.metrics import HotsetCollector, exposition
+from hotset.gateway.metrics import CallersCollector, HotsetCollector, exposition
 from hotset.gateway.openapi import document
 from hotset.gateway.openfaas.asynchronous import AsyncApi
 from hotset.gateway.openfaas.calls import CALLS
@@ -327,6 +327,7 @@ class SystemApi:
                 readings.prefetches(control),
                 thrashing=readings.thrashing(control) is not None,
             ),
+            CallersCollector(control.scheduler.cluster.queues.usage),
             GatewayCollector(functions, gauges),
             HttpCollector(self._requests, functions, gauges),
             self._requests,

@@ -111,6 +111,10 @@ class ApiKeyRecord(NamedRecord, frozen=True, kw_only=True):
     """SHA-256 of the key, hexadecimal: the key itself is shown once and kept nowhere."""
     created_at_s: float
     """Unix time."""
+    weight: float = 1.0
+    """Of its caller's share of the GPUs' time."""
+    priority: int = 0
+    """Of calls that show it, and the most that they may ask for."""
 
 
 Named = TypeVar("Named", bound=NamedRecord)

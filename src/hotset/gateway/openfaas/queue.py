@@ -20,6 +20,7 @@ import msgspec
 from hotset.errors import StoreError
 from hotset.functions.codecs import JSON, V2
 from hotset.functions.http_envelope import REQUEST
+from hotset.gateway.callers import Caller
 from hotset.gateway.calls import Result, StreamBroken
 from hotset.gateway.control import Control
 from hotset.gateway.functions import Version
@@ -41,7 +42,7 @@ MOST_ANSWER_BYTES = 64 << 20
 CALLBACK_ATTEMPTS = 6
 CALLBACK_WAIT_S = 0.5
 """Before the second attempt; doubled each time."""
-CALLER = "async"
+CALLER = Caller("async")
 
 log = logging.getLogger("hotset.gateway")
 

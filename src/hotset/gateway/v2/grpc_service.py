@@ -106,8 +106,7 @@ class GrpcServer:
             path = "/v2/systemsharedmemory"
         else:
             path = f"/v2/models/{getattr(request, 'model_name', '') or getattr(request, 'name', '')}"
-        headers = [(key.encode(), value.encode()) for key, value in context.invocation_metadata() if type(value) is str]
-        if not self._admits(path, headers):
+        if not self._admits(path, _headers(context)):
             raise Refusal(401, "this needs a key or credentials: send them as authorization or x-api-key metadata")
 
     # Health and metadata
@@ -197,7 +196,12 @@ class GrpcServer:
             self.check("ModelInfer", request, context)
             header, binary = request_parts(request)
             answer = await self._service.inference.infer(
-                request.model_name, request.model_version, header, binary, timeout_s=_time_left_s(context)
+                request.model_name,
+                request.model_version,
+                header,
+                binary,
+                timeout_s=_time_left_s(context),
+                caller=self._service.caller(dict(_headers(context))),
             )
             return infer_response(answer)
         except Refusal as refusal:
@@ -232,8 +236,8 @@ class GrpcServer:
             self.check("ModelStreamInfer", request, context)
             header, binary = request_parts(request)
             version, final = "", False
-            inference = self._service.inference
-            responses = inference.stream(request.model_name, request.model_version, header, binary)
+            inference, caller = self._service.inference, self._service.caller(dict(_headers(context)))
+            responses = inference.stream(request.model_name, request.model_version, header, binary, caller)
             async with contextlib.aclosing(responses):
                 async for answer, final in responses:
                     response = infer_response(answer)
@@ -287,6 +291,11 @@ async def _abort(context: Any, refusal: Refusal) -> None:
     code = _CODES.get(refusal.status, grpc.StatusCode.INTERNAL)
     metadata = () if refusal.retry_after_s is None else (("retry-after", f"{refusal.retry_after_s:g}"),)
     await context.abort(code, str(refusal), metadata)
+
+
+def _headers(context: Any) -> Headers:
+    """A call's metadata as HTTP headers."""
+    return [(key.encode(), value.encode()) for key, value in context.invocation_metadata() if type(value) is str]
 
 
 def _time_left_s(context: Any) -> float | None:

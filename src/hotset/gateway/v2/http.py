@@ -89,6 +89,7 @@ class V2Http:
             body if json_bytes == len(body) else body[:json_bytes],
             memoryview(body)[json_bytes:],
             timeout_s=_seconds(headers.get(b"x-hotset-timeout")),
+            caller=self._service.caller(headers),
             receive=receive,
         )
         await self._send(answer, asked_for(headers.get(b"accept-encoding", b"").decode("latin-1")), send)
@@ -118,6 +119,7 @@ class V2Http:
                 bytes(body[:json_bytes]),
                 memoryview(body)[json_bytes:],
                 timeout_s=_seconds(headers.get(b"x-hotset-timeout")),
+                caller=self._service.caller(headers),
                 deliver=deliver,
             )
         except (Refusal, BodyError):

@@ -12,15 +12,18 @@ from typing import Any
 import msgspec
 
 from hotset.functions.v2 import MAX_HEADER_IN_ACCEPT_BYTES, header_bytes, unframe
+from hotset.gateway.callers import NOBODY, Caller
 from hotset.gateway.calls import CallRecord, Deliver, PendingCall, Receive, Result
 from hotset.gateway.control import Control
 from hotset.gateway.v2.models import Models, Served, error_text
 from hotset.gateway.v2.refusal import Refusal
 from hotset.gateway.v2.shared_memory import Place, Regions
 from hotset.gateway.v2.statistics import Statistics
+from hotset.vocabulary import HIGHEST_PRIORITY, LOWEST_PRIORITY
 
 _MARK = b"shared_memory_region"
 _TIMEOUT = b'"timeout"'
+_PRIORITY = b'"priority"'
 _SHARED = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
 
 
@@ -55,6 +58,7 @@ class Inference:
         *,
         timeout_s: float | None = None,
         receive: Receive | None = None,
+        caller: Caller = NOBODY,
     ) -> Response:
         """One request and its answer; raises ``Refusal``, also for what the worker refused. Cancelling is leaving.
 
@@ -62,24 +66,24 @@ class Inference:
         """
         served = self.models.find(name, version)
         if _MARK not in header:
-            return self._response(await self._result(served, header, binary, timeout_s, receive))
+            return self._response(await self._result(served, header, binary, timeout_s, receive, caller))
         moved = _Moved(header, binary)
         with self.regions.used(moved.places):
             parts = [memoryview(self.regions.read(part)) if isinstance(part, Place) else part for part in moved.parts]
             joined = parts[0] if len(parts) == 1 else b"".join(parts)
-            result = await self._result(served, moved.header, joined, timeout_s, receive)
+            result = await self._result(served, moved.header, joined, timeout_s, receive, caller)
             return self._put_outputs(self._response(result), moved.outputs)
 
     async def stream(
-        self, name: str, version: str, header: bytes, binary: bytes | memoryview = b""
+        self, name: str, version: str, header: bytes, binary: bytes | memoryview = b"", caller: Caller = NOBODY
     ) -> AsyncGenerator[tuple[Response, bool]]:
         """Every response to one request, and whether it is known to be the last: one, or each item that a streaming
         function yields. Raises ``Refusal`` and ``StreamBroken``; closing it is leaving."""
         served = self.models.find(name, version)
         if _MARK in header:
-            yield await self.infer(name, version, header, binary), True
+            yield await self.infer(name, version, header, binary, caller=caller), True
             return
-        pending = self.submit(served, header, binary)
+        pending = self.submit(served, header, binary, caller=caller)
         try:
             result = await pending.future
             self.statistics.observe(name, served.version, result.record)
@@ -102,6 +106,7 @@ class Inference:
         binary: bytes | memoryview,
         *,
         timeout_s: float | None,
+        caller: Caller = NOBODY,
         deliver: Deliver,
     ) -> PendingCall | None:
         """One request whose result ``deliver`` gets; raises ``Refusal``. None: its tensors are in shared memory."""
@@ -113,7 +118,7 @@ class Inference:
             self.statistics.observe(served.name, served.version, result.record)
             deliver(result)
 
-        return self.submit(served, header, binary, timeout_s, deliver=observed)
+        return self.submit(served, header, binary, timeout_s, caller=caller, deliver=observed)
 
     def submit(
         self,
@@ -122,15 +127,19 @@ class Inference:
         binary: bytes | memoryview,
         timeout_s: float | None = None,
         receive: Receive | None = None,
+        caller: Caller = NOBODY,
         deliver: Deliver | None = None,
     ) -> PendingCall:
         """Hand the request to the control loop in the form that functions/v2.py describes; raises ``Refusal`` (400).
 
-        Of ``timeout_s`` and the request's own ``timeout`` parameter the shorter counts.
+        Of ``timeout_s`` and the request's own ``timeout`` parameter the shorter counts; its own ``priority`` is bounded
+        by what ``caller`` may have.
         """
         own_s = _timeout_s(header) if _TIMEOUT in header else None
         if own_s is not None:
             timeout_s = own_s if timeout_s is None else min(own_s, timeout_s)
+        if _PRIORITY in header:
+            caller = _at_priority(caller, header)
         content_type, accept = served.content_type, "*/*"
         body: bytes | memoryview = header
         if len(binary):
@@ -139,7 +148,14 @@ class Inference:
             else:
                 content_type, body = f"{content_type}; header={len(header)}", b"".join((header, binary))
         return self.control.submit(
-            served.function, body, content_type, accept, timeout_s=timeout_s, receive=receive, deliver=deliver
+            served.function,
+            body,
+            content_type,
+            accept,
+            caller=caller,
+            timeout_s=timeout_s,
+            receive=receive,
+            deliver=deliver,
         )
 
     async def _result(
@@ -149,8 +165,9 @@ class Inference:
         binary: bytes | memoryview,
         timeout_s: float | None,
         receive: Receive | None,
+        caller: Caller,
     ) -> Result:
-        pending = self.submit(served, header, binary, timeout_s, receive)
+        pending = self.submit(served, header, binary, timeout_s, receive, caller)
         try:
             result = await pending.future
         except BaseException:
@@ -201,12 +218,28 @@ class _Head(msgspec.Struct, frozen=True):
 _head = msgspec.json.Decoder(_Head)
 
 
-def _timeout_s(header: bytes) -> float | None:
-    """The schedule policy extension: how many microseconds the caller gives its request; 0: no limit of its own."""
+def _parameter(header: bytes, name: str) -> object:
+    """Of the schedule policy extension; 0: it is not set."""
     try:
-        wanted = _head.decode(header).parameters.get("timeout", 0)
+        return _head.decode(header).parameters.get(name, 0)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None  # the worker says what is wrong with it
+        return 0  # the worker says what is wrong with it
+
+
+def _at_priority(caller: Caller, header: bytes) -> Caller:
+    """The extension counts from 1, the highest, downwards; 0: what the caller has anyway."""
+    level = _parameter(header, "priority")
+    if type(level) is not int or level < 0:
+        raise Refusal(400, "the parameter priority must be a whole number: 1 for the highest, 0 for the usual")
+    if not level:
+        return caller
+    asked = max(HIGHEST_PRIORITY - (level - 1), LOWEST_PRIORITY)
+    return msgspec.structs.replace(caller, priority=min(asked, caller.priority))
+
+
+def _timeout_s(header: bytes) -> float | None:
+    """How many microseconds the caller gives its request."""
+    wanted = _parameter(header, "timeout")
     if type(wanted) is not int or wanted < 0:
         raise Refusal(400, "the parameter timeout must be a whole number of microseconds, 0 for none")
     return wanted / 1e6 if wanted else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 import hotset
 from hotset.gateway import readings
+from hotset.gateway.callers import Caller, CallerError
 from hotset.gateway.control import Control
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.v2.inference import Inference
@@ -50,6 +52,13 @@ class V2Service:
         self.regions = Regions()
         self.statistics = Statistics()
         self.inference = Inference(control, self.models, self.regions, self.statistics)
+
+    def caller(self, headers: Mapping[bytes, bytes]) -> Caller:
+        """Who makes a request with these headers, or metadata; raises ``Refusal``."""
+        try:
+            return self.control.callers.of(headers)
+        except CallerError as error:
+            raise Refusal(400, str(error)) from None
 
     def close(self) -> None:
         self.regions.close()
