@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from scheduling_world import End, World, model
+from scheduling_world import GIB, End, World, model
 
-from hotset.scheduling.actions import Load, Unload
+from hotset.scheduling.actions import Load, Restore, Unload
 from hotset.scheduling.cache import Resident
 from hotset.scheduling.cluster import Cluster
 from hotset.scheduling.config import SchedulerConfig
@@ -401,6 +401,57 @@ class TestPrices:
         world.finish("g0")
         world.arrive("c")
         assert world.doing("g0") == "loading c"
+
+
+class TestTiers:
+    """Host memory: restores and offloads are taken to last a tenth of a load until one was seen."""
+
+    def world(self, *, host_gib: float = 8.0, gpus: tuple[float, ...] = (1.0,), overlap: bool = False) -> World:
+        config = SchedulerConfig(host_memory_bytes=int(host_gib * GIB), overlap=overlap, journal_capacity=100)
+        return World("hotset", eviction="hotset", gpus=gpus, config=config)
+
+    def price_of(self, world: World, name: str) -> float:
+        gpu = world.scheduler.cluster.gpus["g0"]
+        return world.scheduler.cluster.prices.price_s(gpu, [gpu.memory.residents[name]], world.now_s)
+
+    def test_losing_what_would_be_parked_costs_the_way_out_and_back(self):
+        prices = {}
+        for host_gib in (0.0, 8.0):
+            world = self.world(host_gib=host_gib)
+            warm(world, "a")
+            prices[host_gib] = self.price_of(world, "a")
+        assert prices[8.0] == pytest.approx(0.2 * prices[0.0])
+
+    def test_where_the_host_is_full_it_costs_a_load(self):
+        world = self.world(host_gib=1.0)
+        warm(world, "a", "b")
+        assert world.parked("g0") == ["a"]
+        full = self.price_of(world, "b")
+        world.remove("a")
+        assert self.price_of(world, "b") < full
+
+    def test_a_parked_model_goes_back_where_it_is_parked(self):
+        world = self.world(gpus=(1.0, 1.0))
+        warm(world, "a", "b", "c")
+        holder = next(gpu_id for gpu_id in ("g0", "g1") if world.parked(gpu_id))
+        (name,) = world.parked(holder)
+        for _ in range(3):
+            warm(world, *world.resident(holder))  # which makes the other GPU's room the cheaper one
+        before = len(world.log)
+        world.arrive(name)
+        assert [action.gpu_id for action in world.log[before:] if isinstance(action, Restore)] == [holder]
+
+    def test_a_load_beside_runs_keeps_nobody_waiting_but_by_its_run(self):
+        totals = {}
+        for overlap in (False, True):
+            world = self.world(gpus=(2.0,), overlap=overlap)
+            warm(world, "a")
+            cluster = world.scheduler.cluster
+            gpu = cluster.gpus["g0"]
+            load = _load_on(cluster, gpu, cluster.prices.outlook("b", gpu, world.now_s), world.now_s)
+            assert load is not None
+            totals[overlap] = load.total_s
+        assert totals[True] == pytest.approx(totals[False] / 5), "a run of 1 s, not a load of 4 s and a run"
 
 
 def residents(*figures: tuple[float, int]) -> list[PricedResident]:

@@ -38,16 +38,17 @@ class Outlook:
 
     __slots__ = (
         "another_copy_s",
+        "back_s",
         "batches",
         "copies",
         "fresh_until_s",
         "kind",
-        "last_copy_s",
         "load_s",
         "model",
         "per_s",
         "run_s",
         "share",
+        "wanted",
     )
 
     def __init__(self, model: str, kind: str, per_s: float, load_s: float, run_s: float) -> None:
@@ -61,8 +62,10 @@ class Outlook:
         self.copies = 0
         self.share = 0.0
         """Of a holder's time, were its requests spread evenly over its copies."""
-        self.last_copy_s = 0.0
-        """Waiting that losing the only copy would cause within the horizon."""
+        self.back_s = load_s
+        """What leaving a GPU and coming back would take: less than a load where it would be parked meanwhile."""
+        self.wanted = 0.0
+        """How likely somebody asks for it within the horizon, 0 to 1."""
         self.another_copy_s: float | None = None
         """Waiting that one more copy would save; None: not asked yet."""
         self.fresh_until_s = 0.0
@@ -148,7 +151,9 @@ class Prices:
         per_s = self._rates.per_s(model, now_s)
         expected = per_s * HORIZON_LOADS * profiles.typical_load_s()
         outlook = self._outlooks[model] = Outlook(model, kind, per_s, load_s, run_s)
-        outlook.last_copy_s = load_s * expected / (1.0 + expected)
+        outlook.wanted = expected / (1.0 + expected)
+        if self._cache.host_memory_bytes:
+            outlook.back_s = min(load_s, profiles.offload_s(model, kind) + profiles.restore_s(model, kind))
         outlook.batches = self._cluster.models[model].max_batch > 1
         outlook.fresh_until_s = now_s + FRESH_SHARE * self._rates.history_s(now_s)
         return outlook
@@ -229,15 +234,17 @@ class Prices:
     def _loss_s(self, gpu: GpuState, model: str, now_s: float) -> float:
         """The last copy: the next request pays a load, if it comes within the horizon. Another: more waiting."""
         outlook = self.outlook(model, gpu, now_s)
-        copies = outlook.copies
+        copies, back_s = outlook.copies, outlook.back_s
+        if back_s < outlook.load_s and gpu.memory.host.free_bytes < gpu.memory.residents[model].memory_bytes:
+            back_s = outlook.load_s  # a parked one would have to go for it
         if copies == 1:
-            return outlook.last_copy_s
+            return outlook.wanted * back_s
         if copies > MANY_COPIES:
             return 0.0
         without = self._all_busy(model, gpu, now_s)
         with_it = without * self.utilisation(gpu, now_s)
         saved_s = self._runs_s(outlook) * (without / (copies - 1) - with_it / copies)
-        return min(saved_s, outlook.load_s)
+        return min(saved_s, back_s)
 
     def _runs_s(self, outlook: Outlook) -> float:
         """Seconds of running expected of a model within a copy's horizon."""

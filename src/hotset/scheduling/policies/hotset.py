@@ -240,7 +240,7 @@ class Hotset:
             if cluster.is_spread(model):
                 continue
             outlook = prices.outlook(model, gpu, now_s)
-            load_s = outlook.load_s
+            load_s = _soonest_s(cluster, outlook)
             wait_s = _wait_for(cluster, holder, model, line[0], now_s)
             gain_s = prices.another_copy_s(gpu, model, now_s) - gpu_time_price * load_s
             urgent_s, helped = 0.0, 1
@@ -288,9 +288,22 @@ def _load_on(cluster: Cluster, gpu: GpuState, outlook: Outlook, now_s: float) ->
         if room_s is None:
             return None
         price_s = room_s
+    load_s = cluster.load_s(outlook.model, gpu)
     # Whoever asks for the other residents meanwhile waits for half of the time, on average.
-    busy_s = outlook.run_s + cluster.load_s(outlook.model, gpu)
-    return _Load(gpu, price_s, price_s + prices.utilisation(gpu, now_s) * busy_s / 2)
+    busy_s = outlook.run_s if cluster.overlap else outlook.run_s + load_s
+    total_s = price_s + prices.utilisation(gpu, now_s) * busy_s / 2
+    if cluster.cache.parked_on(outlook.model):
+        total_s += load_s  # it is not the same everywhere
+    return _Load(gpu, price_s, total_s)
+
+
+def _soonest_s(cluster: Cluster, outlook: Outlook) -> float:
+    """Until an idle GPU could have the model: a restore, if it is parked on one of them."""
+    for gpu_id in cluster.cache.parked_on(outlook.model):
+        gpu = cluster.gpus[gpu_id]
+        if gpu.work is None and gpu.memory.copying is None:
+            return cluster.load_s(outlook.model, gpu)
+    return outlook.load_s
 
 
 def _look(cluster: Cluster) -> _Waiting:
@@ -315,7 +328,7 @@ def _by_most_worth(cluster: Cluster, models: list[str], now_s: float) -> list[_L
         line = queued[outlook.model]
         count = len(line)
         waiting_s = count * (young_s - line[0].request.arrival_s)
-        gpu_s = outlook.load_s + count * _each_s(cluster, outlook, gpu, count)
+        gpu_s = _soonest_s(cluster, outlook) + count * _each_s(cluster, outlook, gpu, count)
         lines.append(_Line(outlook, waiting_s, gpu_s, waiting_s / gpu_s if gpu_s else math.inf))
     if len(lines) > 1:
         lines.sort(key=_most_worth, reverse=True)
