@@ -8,11 +8,28 @@ from pathlib import Path
 import pytest
 from gateway_world import GPU, MIB, World, run, version
 
+from hotset.cli.replay import arrivals_of, read_recording
+from hotset.gateway.callers import NOBODY, Caller
 from hotset.gateway.metrics import BUCKETS_S, HotsetCollector, exposition
 from hotset.gateway.readings import gpu_metrics, learned, prefetches, processes, smallest_gpu_bytes, thrashing, waiting
 from hotset.gateway.state import TracedModel, TraceHeader, TraceRow, explain, state_of, trace, trace_header
 from hotset.simulation.traces import open_trace
-from hotset.vocabulary import Gpu
+from hotset.vocabulary import NORMAL_PRIORITY, Gpu
+
+
+def test_a_recording_tells_callers_apart_and_so_does_its_replay():
+    async def story():
+        world = await World().start(version("cat"))
+        for caller in (Caller("team-a", 2.0, 3), NOBODY):
+            await world.finish(world.control.submit("cat", b"x", caller=caller))
+        control = world.control
+        lines = b"".join(trace(list(control.records), trace_header(control), control.started_s)).splitlines()
+        theirs, nobodys = arrivals_of(read_recording(lines, "live"))
+        assert (theirs.caller, theirs.weight, theirs.priority) == ("team-a", 2.0, 3)
+        assert (nobodys.caller, nobodys.weight, nobodys.priority) == ("", 1.0, NORMAL_PRIORITY)
+        assert b"caller" not in lines[2]
+
+    run(story)
 
 
 async def busy_world() -> World:

@@ -244,7 +244,7 @@ def arrivals_of(recording: Recording) -> Iterator[Arrival]:
         run_s = row.inference_s if models[row.function].max_batch == 1 else None
         if run_s is not None and id(row) in alone:
             run_s = max(run_s, row.duration_s - row.queue_s - row.load_s)
-        yield Arrival(row.arrival_s - start_s, row.function, run_s)
+        yield Arrival(row.arrival_s - start_s, row.function, run_s, row.caller, row.weight, row.priority)
 
 
 def config_of(recording: Recording) -> SchedulerConfig:

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from hotset.gateway.callers import NOBODY, Caller
 from hotset.gateway.functions import Version
 from hotset.node.interface import Call
 
@@ -28,6 +29,7 @@ class CallRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     arrival_s: float
     """On the control loop's clock, as is every other time here."""
     status: int
+    caller: Caller = NOBODY
     gpu_id: str = ""
     """Empty: it never got to a GPU (a plain function, or a rejection)."""
     hit: bool = False
@@ -117,6 +119,7 @@ class PendingCall:
     load_began_s: float | None = None
     """When the load or restore it waits for, and caused, was decided."""
     load_s = 0.0
+    caller = NOBODY
     gpu_id = ""
     hit = False
     warm = False
@@ -167,6 +170,7 @@ class PendingCall:
             model=self.version.model,
             arrival_s=self.arrival_s,
             status=status,
+            caller=self.caller,
             gpu_id=self.gpu_id,
             hit=self.hit,
             warm=self.warm,

@@ -240,6 +240,7 @@ class Control:
         call = Call(request_id=request_id, body=body, content_type=content_type, accept=accept)
         pending = PendingCall(version, call, now_s, deliver)
         pending.receive = receive
+        pending.caller = caller
         version.calls += 1
         self.open_body_bytes += len(body)
         self.calls[request_id] = pending

@@ -15,7 +15,7 @@ from hotset.scheduling.cluster import Cluster
 from hotset.scheduling.journal import Explanation
 from hotset.scheduling.policies.interface import PolicySettings
 from hotset.scheduling.thrash import Episode
-from hotset.vocabulary import Gpu, Model
+from hotset.vocabulary import NORMAL_PRIORITY, Gpu, Model
 
 TRACE_VERSION = 1
 
@@ -196,6 +196,9 @@ class TraceRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     inference_s: float | None = None
     """None: it did not run."""
     status: int
+    caller: str = ""
+    weight: float = 1.0
+    priority: int = NORMAL_PRIORITY
     gpu_id: str = ""
     hit: bool = False
     warm: bool = False
@@ -388,6 +391,9 @@ def _trace_row(record: CallRecord, start_s: float) -> TraceRow:
         function=record.function,
         inference_s=round(record.inference_s, 6) if record.inference_s else None,
         status=record.status,
+        caller=record.caller.name,
+        weight=record.caller.weight,
+        priority=record.caller.priority,
         gpu_id=record.gpu_id,
         hit=record.hit,
         warm=record.warm,

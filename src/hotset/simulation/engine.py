@@ -141,7 +141,13 @@ class Engine:
         self._open[request_id] = arrival
         deadline_s = None if self._deadline_s is None else now_s + self._deadline_s
         request = Request(
-            request_id=request_id, model=function, arrival_s=now_s, deadline_s=deadline_s, caller=arrival.caller
+            request_id=request_id,
+            model=function,
+            arrival_s=now_s,
+            deadline_s=deadline_s,
+            caller=arrival.caller,
+            weight=arrival.weight,
+            priority=arrival.priority,
         )
         self._carry_out(self.scheduler.handle(RequestArrived(request), now_s))
 

@@ -17,6 +17,7 @@ from typing import Protocol
 import msgspec
 
 from hotset.errors import ConfigurationError
+from hotset.vocabulary import NORMAL_PRIORITY
 
 _CHUNK = 4096
 """Functions are drawn this many at a time: drawing them singly takes three times as long."""
@@ -32,6 +33,9 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
     """How long its run took when it was recorded; None: not known, the simulator asks its hardware profile."""
     caller: str = ""
     """Who made it (a user, a tenant); empty: nobody in particular."""
+    weight: float = 1.0
+    """The caller's share of the GPUs' time, relative to the other callers'."""
+    priority: int = NORMAL_PRIORITY
 
 
 class Workload(Protocol):
