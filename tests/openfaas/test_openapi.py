@@ -56,7 +56,9 @@ def test_no_request_that_the_document_allows_breaks_the_server(server):
             case.call_and_validate(base_url=str(server.base_url), checks=CHECKS, timeout=20)
 
         fuzz()
-    assert server.get("/healthz").status_code == 200
+    health = server.get("/healthz")
+    assert health.status_code == 200
+    assert health.headers["x-served-by"].startswith("hotset/")
 
 
 def test_everything_that_is_served_is_described(tmp_path):

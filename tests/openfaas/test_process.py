@@ -91,7 +91,11 @@ def test_a_servers_stream_is_passed_on_as_it_comes(server):
 def test_a_server_that_is_too_slow_is_a_504_and_one_that_is_gone_takes_the_process_along(server):
     status, headers, body = answer(call(server, request(path="/slow")))
     assert (status, headers["x-openfaas-internal"]) == (504, "hotset")
-    assert b"exec_timeout of 0.3 s" in body
+    assert b"longer than the 0.3 s" in body
+    assert b"longer than the 0.05 s" in answer(call(server, request(path="/slow", x_timeout="50ms")))[2]
+    assert b"longer than the 0.3 s" in answer(call(server, request(path="/slow", x_timeout="1h")))[2]
+    status, _, body = answer(call(server, request(path="/slow", x_timeout="soon")))
+    assert (status, b"X-Timeout is 'soon'" in body) == (400, True)
     server.unload()
     server.load()
     with pytest.raises(SystemExit):

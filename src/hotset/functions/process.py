@@ -152,12 +152,16 @@ class ProcessRuntime:
             text = {} if not body else {"error": f"{self.signature.name} speaks HTTP only: call it under /function/"}
             return Outcome(status=400 if body else 200, body=to_json(text))
         head, payload = unpack_request(body)
+        limit_s = self.settings.timeout_s
         try:
+            limit_s = self._limit_s(head)
             if self.settings.serves:
-                return self._forward(head, payload)
-            return self._execute(head, payload)
+                return self._forward(head, payload, limit_s)
+            return self._execute(head, payload, limit_s)
         except TimeoutError:
-            return _refused(504, f"the function took longer than its exec_timeout of {self.settings.timeout_s:g} s")
+            return _refused(
+                504, f"the function took longer than the {limit_s:g} s of its exec_timeout, or of X-Timeout"
+            )
         except ValueError as error:
             return _refused(400, f"the request cannot be passed on: {error}")
         except (OSError, http.client.HTTPException) as error:
@@ -168,6 +172,16 @@ class ProcessRuntime:
 
     def call_batch(self, calls: Sequence[Call]) -> list[Outcome]:
         return [self.call(call.body, call.content_type, call.accept) for call in calls]
+
+    def _limit_s(self, head: RequestHead) -> float | None:
+        """``exec_timeout``, or less where the caller's ``X-Timeout`` says so; raises ``ValueError`` for nonsense."""
+        given = next((value for name, value in head.headers if name == "x-timeout"), "")
+        try:
+            asked_s = _seconds(given)
+        except FunctionError:
+            raise ValueError(f"X-Timeout is {given[:40]!r}: write a duration such as 30s") from None
+        limits = [each for each in (asked_s, self.settings.timeout_s) if each is not None]
+        return min(limits, default=None)
 
     # A server
 
@@ -184,10 +198,10 @@ class ProcessRuntime:
         except (OSError, http.client.HTTPException):
             return False
 
-    def _forward(self, head: RequestHead, payload: memoryview) -> Outcome:
+    def _forward(self, head: RequestHead, payload: memoryview, limit_s: float | None) -> Outcome:
         """Pass a call on, over a connection of its own: a kept one may be closed by the server just now."""
         settings = self.settings
-        connection = http.client.HTTPConnection(settings.host, settings.port, timeout=settings.timeout_s)
+        connection = http.client.HTTPConnection(settings.host, settings.port, timeout=limit_s)
         try:
             target = f"{head.path}?{head.query}" if head.query else head.path
             connection.putrequest(head.method, target, skip_host=True, skip_accept_encoding=True)
@@ -211,7 +225,7 @@ class ProcessRuntime:
 
     # A command for each call
 
-    def _execute(self, head: RequestHead, payload: memoryview) -> Outcome:
+    def _execute(self, head: RequestHead, payload: memoryview, limit_s: float | None) -> Outcome:
         _say("Forking fprocess.")
         begin_s = time.perf_counter()
         process = subprocess.Popen(
@@ -222,7 +236,7 @@ class ProcessRuntime:
             stdout=subprocess.PIPE,
         )
         try:
-            output, _ = process.communicate(bytes(payload), self.settings.timeout_s)
+            output, _ = process.communicate(bytes(payload), limit_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()

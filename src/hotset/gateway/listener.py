@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+import hotset
 from hotset.errors import ConfigurationError
 from hotset.gateway.app import Application
 from hotset.gateway.control import Control
@@ -67,6 +68,7 @@ class Listener(uvicorn.Server):
             log_config=None,
             proxy_headers=False,
             server_header=False,
+            headers=[("x-served-by", f"hotset/{hotset.__version__}")],
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(drain_s + CLOSING_S + 1),
         )
