@@ -90,14 +90,11 @@ class FairShares:
         self.accounts: dict[str, Account] = {}
         self.fair_s = 0.0
         """The fair amount: what a caller of weight 1 who always wanted more would have been given."""
+        self.contended = False
+        """Whether there is anybody to be fair to: one caller alone has no accounts to balance (read only)."""
         self._open_weight = 0.0
         self._idle: OrderedDict[str, Account] = OrderedDict()
         self._backlogged: OrderedDict[Account, None] = OrderedDict()
-
-    @property
-    def contended(self) -> bool:
-        """Whether there is anybody to be fair to: one caller alone has no accounts to balance."""
-        return len(self.accounts) > 1
 
     def open(self, request: Request, usage: Usage) -> Account:
         """The account that a request which has arrived goes on."""
@@ -108,6 +105,7 @@ class FairShares:
                 del self.accounts[self._idle.popitem(last=False)[0]]
             account = self.accounts[caller] = Account(self.fair_s - self._credit_s if self.accounts else 0.0, usage)
             self._idle[caller] = account
+            self.contended = len(self.accounts) > 1
         if not account.open:
             del self._idle[caller]
             account.spent_s = max(account.spent_s, self.fair_s - self._credit_s)
@@ -168,6 +166,7 @@ class FairShares:
         caller, account = next(iter(self._idle.items()))
         if account.spent_s <= self.fair_s - self._credit_s:
             del self._idle[caller], self.accounts[caller]
+            self.contended = len(self.accounts) > 1
 
     def held(self) -> Iterator[tuple[Account, Entry]]:
         """The oldest request that is not owed of each caller who has one; of the next few, where they are many.

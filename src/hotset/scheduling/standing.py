@@ -41,6 +41,8 @@ class Queues:
         """Where everybody waits who has no standing in particular."""
         self.all = [self.main]
         """In the order in which policies are asked about them; there are others only once they were needed."""
+        self.several = False
+        """Whether there is more than the main queue to look at (read only)."""
         self.usage: dict[str, Usage] = {}
         """By caller."""
         self._shares = {NORMAL_PRIORITY: FairShares(self._unit_s)}
@@ -58,8 +60,9 @@ class Queues:
         if shares is None:
             shares = self._shares[request.priority] = FairShares(self._unit_s)
         contended = shares.contended
-        entry.account = account = shares.open(request, self._usage_of(request.caller))
-        account.usage.requests += 1
+        usage = self.usage.get(request.caller) or self._usage_of(request.caller)
+        usage.requests += 1
+        entry.account = shares.open(request, usage)
         if shares.contended and not contended:
             self._contend(shares, request.priority)
 
@@ -73,11 +76,7 @@ class Queues:
                     shares.hold(waiting, waiting.account)
 
     def _usage_of(self, caller: str) -> Usage:
-        usage = self.usage.get(caller)
-        if usage is None:
-            name = caller if len(self.usage) < MOST_CALLERS else OTHERS
-            usage = self.usage.setdefault(name, Usage())
-        return usage
+        return self.usage.setdefault(caller if len(self.usage) < MOST_CALLERS else OTHERS, Usage())
 
     def push(self, entry: Entry) -> None:
         """A request begins to wait, behind all others of its standing."""
@@ -104,11 +103,6 @@ class Queues:
     # What policies and the Scheduler ask
 
     @property
-    def several(self) -> bool:
-        """Whether there is more than the main queue to look at."""
-        return len(self.all) > 1
-
-    @property
     def waiting(self) -> int:
         """Requests in all queues."""
         return self.main.waiting if not self.several else sum(queue.waiting for queue in self.all)
@@ -123,6 +117,8 @@ class Queues:
 
     def first_of(self, model: str) -> Entry | None:
         """The first to be served of those who wait for a model."""
+        if not self.several:
+            return self.main.first_of(model)
         for queue in self.all:
             entry = queue.first_of(model)
             if entry is not None:
@@ -172,9 +168,11 @@ class Queues:
         """A GPU has run these requests together."""
         share_s = run_s / len(entries)
         for entry in entries:
-            assert entry.account is not None
-            entry.account.usage.run_s += share_s
-            self._charge(entry.request.priority, entry.account, share_s)
+            account, shares = entry.account, self._shares[entry.request.priority]
+            assert account is not None
+            account.usage.run_s += share_s
+            if shares.contended:
+                self._charge(shares, account, share_s)
 
     def loaded(self, resident: Resident, load_s: float) -> None:
         """A GPU has loaded, or restored, a model: the request that caused it pays."""
@@ -183,16 +181,16 @@ class Queues:
             return
         assert payer.account is not None
         payer.account.usage.load_s += load_s
-        self._charge(payer.request.priority, payer.account, load_s)
-
-    def _charge(self, priority: int, account: Account, gpu_s: float) -> None:
-        shares = self._shares[priority]
+        shares = self._shares[payer.request.priority]
         if shares.contended:
-            shares.charge(account, gpu_s)
-            for other, entry in shares.held():
-                if shares.owes(other):
-                    shares.promise(entry, other, self._cost_s(entry))
-                    self._move(entry)
+            self._charge(shares, payer.account, load_s)
+
+    def _charge(self, shares: FairShares, account: Account, gpu_s: float) -> None:
+        shares.charge(account, gpu_s)
+        for other, entry in shares.held():
+            if shares.owes(other):
+                shares.promise(entry, other, self._cost_s(entry))
+                self._move(entry)
 
     def press(self, entry: Entry) -> None:
         """A waiting request's deadline presses from now on."""
@@ -227,6 +225,7 @@ class Queues:
                 return queue
         queue = GlobalQueue(standing)
         insort(self.all, queue, key=lambda one: one.standing)
+        self.several = True
         return queue
 
     def _unit_s(self) -> float:
