@@ -84,6 +84,8 @@ class Job(msgspec.Struct, frozen=True):
     cell: Cell
     seed: int
     contestants: tuple[str, ...]
+    one_caller: bool = False
+    """Requests are nobody's in particular, whatever the trace says: the policies alone, without fair shares."""
 
 
 def hardware(cell: Cell, seed: int) -> Hardware:
@@ -94,7 +96,10 @@ def hardware(cell: Cell, seed: int) -> Hardware:
 def measure(job: Job) -> list[Run]:
     cell, seed = job.cell, job.seed
     # Models have their own run times here, not those of the trace's functions (which ran on CPUs).
-    arrivals = [Arrival(each.time_s, each.function, None, each.caller) for each in cell.workload.arrivals(seed)]
+    arrivals = [
+        Arrival(each.time_s, each.function, None, "" if job.one_caller else each.caller)
+        for each in cell.workload.arrivals(seed)
+    ]
     ideal_s = yardsticks(arrivals, hardware(cell, seed)).ideal_mean_latency_s
     return [_run(cell, seed, contestant, arrivals, ideal_s) for contestant in job.contestants]
 
@@ -268,6 +273,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--field-seeds", type=int, default=2, help="of these, for all but the default policy")
     parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--one-caller", action="store_true", help="without the fair shares of the traces' callers")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so long")
     arguments = parser.parse_args()
@@ -277,6 +283,7 @@ def main() -> None:
     chosen = [cell for cell in cells(arguments.traces) if arguments.cells in cell.name]
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     todo = list(jobs_of(chosen, contestants, seeds, arguments.field_seeds, read_runs(path)))
+    todo = [msgspec.structs.replace(job, one_caller=arguments.one_caller) for job in todo]
     carry_out(todo, path, arguments.jobs, arguments.seconds)
     names = {cell.name for cell in chosen}
     rows = table([run for run in read_runs(path) if run.cell in names])
