@@ -75,6 +75,18 @@ def tables(runs: Sequence[RunResult]) -> list[Table]:
                 },
             )
         )
+    if any(run.jain_index is not None for run in runs):
+        shown.append(
+            _table(
+                "Callers",
+                runs,
+                {
+                    "others' p99": lambda run: f"{run.others_p99_latency_s or 0.0:.2f}",
+                    "Jain's index": lambda run: f"{run.jain_index or 0.0:.2f}",
+                    "rejected": lambda run: f"{run.rejected:.0f}",
+                },
+            )
+        )
     return shown
 
 

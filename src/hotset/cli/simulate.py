@@ -15,6 +15,7 @@ from hotset.cli.comparison import tables
 from hotset.cli.output import STDOUT, progress, show_table, write_json
 from hotset.errors import ConfigurationError, TraceError, UnknownNameError
 from hotset.functions.units import format_bytes, parse_bytes, parse_duration
+from hotset.simulation.callers import Flood, Shared
 from hotset.simulation.engine import Fault
 from hotset.simulation.experiment import ClusterSpec, ExperimentSpec, run_experiment
 from hotset.simulation.hardware import ModelCost
@@ -115,6 +116,8 @@ def _working_set(text: str) -> int | None:
     help="Spacing of requests; own: as traced.",
 )
 @click.option("--zipf", type=click.FloatRange(min=0), help="Exponent of the synthetic popularity.")
+@click.option("--callers", type=click.IntRange(min=1), help="Callers who make the synthetic requests, equally busy.")
+@click.option("--flood", metavar="N", help="Requests a minute of one more caller; with --callers.")
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Runs of each kind.")
 @click.option("--first-seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
@@ -226,6 +229,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     minutes: float | None
     arrivals: str | None
     zipf: float | None
+    callers: int | None
+    flood: str | None
     seeds: int
     first_seed: int
     o3_limits: tuple[int, ...]
@@ -265,6 +270,8 @@ def experiment(options: Options) -> ExperimentSpec:
         workloads: list[Workload] = _synthetic(options, base)
     else:
         workloads = _traced(options, options.trace_path, base)
+    if (options.callers and options.trace_path) or (options.flood and not options.callers):
+        raise ConfigurationError("--flood needs --callers, and --callers a synthetic workload: leave out --trace")
     cluster = ClusterSpec(
         gpus=options.gpus or base.cluster.gpus,
         gpu_memory_bytes=(
@@ -307,7 +314,12 @@ def _synthetic(options: Options, base: Preset) -> list[Workload]:
         minutes=options.minutes or base.minutes,
     )
     process = Process(options.arrivals or Process.EVEN.value)
-    return [synthetic(size, base, options.zipf, process) for size in options.sizes or base.working_sets if size]
+    made = [synthetic(size, base, options.zipf, process) for size in options.sizes or base.working_sets if size]
+    if options.callers is None:
+        return [*made]
+    rate = _rate(options.flood, "--flood")
+    flood = None if rate is None else Flood(rate_per_minute=rate)
+    return [Shared(base=each, callers=options.callers, flood=flood) for each in made]
 
 
 def _traced(options: Options, path: Path, base: Preset) -> list[Workload]:
@@ -345,7 +357,7 @@ def _traced(options: Options, path: Path, base: Preset) -> list[Workload]:
     return [from_trace(trace, use, size) for size in sizes]
 
 
-def _rate(text: str | None) -> float | None:
+def _rate(text: str | None, option: str = "--rate") -> float | None:
     if text is None or text == OWN:
         return None
     try:
@@ -353,7 +365,7 @@ def _rate(text: str | None) -> float | None:
     except ValueError:
         rate = 0.0
     if rate <= 0:
-        raise ConfigurationError(f"--rate: {text!r} is no number of requests a minute; write one such as 325, or own")
+        raise ConfigurationError(f"{option}: {text!r} is no number of requests a minute; write one such as 325, or own")
     return rate
 
 

@@ -132,7 +132,8 @@ class Engine:
             raise InvariantError(f"{len(self._open)} requests never ended")
         self.recorder.prefetches = self.scheduler.prefetches
         self.recorder.useless_prefetches = self.scheduler.cache.useless_prefetches
-        return self.recorder.result()
+        usage = self.scheduler.cluster.queues.usage.values()
+        return self.recorder.result([each.run_s + each.load_s for each in usage])
 
     def _arrive(self, request_id: int, arrival: Arrival) -> None:
         self.now_s = now_s = arrival.time_s
@@ -167,6 +168,8 @@ class Engine:
                 for request_id in self._runs[gpu_id]:
                     arrival = opened.pop(request_id)
                     recorder.finished(arrival.function, now_s - arrival.time_s, now_s)
+                    if arrival.caller:
+                        recorder.finished_for(arrival.caller, now_s - arrival.time_s)
         self._carry_out(self.scheduler.handle(event, self.now_s))
 
     def _lose(self, gpu_id: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import msgspec
 
@@ -64,6 +64,11 @@ class RunMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Loads and restores that were started before a GPU was free for the request."""
     useless_prefetches: float | None = None
     """Those whose model left again without a run."""
+    others_p99_latency_s: float | None = None
+    """Of the requests of all callers but the busiest. This and what follows: None where there are not several."""
+    jain_index: float | None = None
+    """Jain's index of fairness, over the GPU seconds spent on each caller, loads included: 1 is the same for all, 1 /
+    callers is all for one. Callers who ask for less than their share lower it too."""
 
 
 class FunctionTally:
@@ -105,6 +110,7 @@ class Recorder:
         """Rejected because no run could begin in time."""
         self.late = 0
         """Answered after their deadline."""
+        self.by_caller: dict[str, LatencySketch] = {}
         self.load_s = 0.0
         self.inference_s = 0.0
         self.run_s = 0.0
@@ -121,8 +127,25 @@ class Recorder:
         self.late += latency_s > self.deadline_s
         self.last_end_s = now_s
 
-    def result(self) -> RunMetrics:
-        """The run's figures so far."""
+    def finished_for(self, caller: str, latency_s: float) -> None:
+        """The same request, on its caller's account."""
+        latency = self.by_caller.get(caller)
+        if latency is None:
+            latency = self.by_caller[caller] = LatencySketch()
+        latency.add(latency_s)
+
+    def _others_p99_s(self) -> float | None:
+        if len(self.by_caller) < 2:
+            return None
+        others = LatencySketch()
+        busiest = max(self.by_caller.values(), key=lambda latency: latency.count)
+        for latency in self.by_caller.values():
+            if latency is not busiest:
+                others.take_in(latency)
+        return others.percentile(99)
+
+    def result(self, spent_s: Collection[float] = ()) -> RunMetrics:
+        """The run's figures so far. ``spent_s``: GPU seconds of each caller."""
         latency = self.latency
         done = max(latency.count, 1)
         arrived = max(self.arrived, 1)
@@ -158,4 +181,12 @@ class Recorder:
             offloads=self.offloads if self._tiers else None,
             prefetches=self.prefetches if self._tiers else None,
             useless_prefetches=self.useless_prefetches if self._tiers else None,
+            others_p99_latency_s=self._others_p99_s(),
+            jain_index=_jain(spent_s) if len(self.by_caller) > 1 else None,
         )
+
+
+def _jain(shares: Collection[float]) -> float:
+    """Jain, Chiu, Hawe, DEC-TR-301, 1984."""
+    squares = sum(share * share for share in shares)
+    return sum(shares) ** 2 / (len(shares) * squares) if squares else 1.0

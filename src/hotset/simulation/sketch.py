@@ -47,6 +47,20 @@ class LatencySketch:
         for bucket, count in zip(*np.unique(logs, return_counts=True), strict=True):
             self._buckets[int(bucket)] = self._buckets.get(int(bucket), 0) + int(count)
 
+    def take_in(self, other: LatencySketch) -> None:
+        """Add all values of another sketch."""
+        self.fold()
+        other.fold()
+        if not other._count:
+            return
+        delta, total = other._mean - self._mean, self._count + other._count
+        self._sum_squares += other._sum_squares + delta * delta * self._count * other._count / total
+        self._mean += delta * other._count / total
+        self._count = total
+        self._largest = max(self._largest, other._largest)
+        for bucket, count in other._buckets.items():
+            self._buckets[bucket] = self._buckets.get(bucket, 0) + count
+
     @property
     def count(self) -> int:
         self.fold()
