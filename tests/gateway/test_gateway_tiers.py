@@ -281,3 +281,15 @@ def test_a_replay_of_what_was_recorded_finds_and_restores_the_same_models(residu
         assert again.evictions == 0
 
     run(story)
+
+
+def test_a_node_hears_of_a_model_that_waits_while_no_gpu_has_it() -> None:
+    async def story() -> None:
+        world = await tiered()
+        pending = [world.control.submit(name, b"1") for name in ("ant", "bee", "ant")]
+        # The GPU loads ant: bee waits, and its files can be read meanwhile.
+        assert world.node.expected == ["bee@1"]
+        for each in pending:
+            await world.finish(each)
+
+    run(story)

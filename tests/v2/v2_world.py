@@ -71,6 +71,9 @@ class InProcessNode:
     async def stop(self) -> None:
         self.runtimes.clear()
 
+    def expect(self, spec: LaunchSpec) -> None:
+        pass
+
     def prepare(self, spec: LaunchSpec) -> None:
         pass
 

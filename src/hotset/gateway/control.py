@@ -189,10 +189,8 @@ class Control:
         return True
 
     def evict(self, function: str) -> bool:
-        """Take an idle function's model out of GPU memory; what was learned of it stays. The next call loads it again.
-
-        False: it has open calls, needs no GPU, or there is none of that name.
-        """
+        """Take an idle function's model out of GPU memory; what was learned of it stays, and the next call loads it
+        again. False: it has open calls, needs no GPU, or there is none of that name."""
         version = self.functions.current.get(function)
         if version is None or version.calls or version.spec.scheduled is None:
             return False
@@ -230,9 +228,8 @@ class Control:
     ) -> PendingCall:
         """Hand in a call; its ``future`` gets the ``Result``, whatever happens. ``KeyError``: no such function.
 
-        ``timeout_s`` is the time the caller gives it, running included; ``VersionSpec.patience_s`` is the upper bound.
-        ``receive`` (ASGI) is watched for the client's leaving once the call takes long. ``deliver`` gets the result in
-        place of ``future``, and may get it from inside this very call.
+        ``timeout_s``: what the caller gives it, running included; at most ``VersionSpec.patience_s``. ``receive``
+        (ASGI): watched for the client's leaving once the call takes long. ``deliver``: gets the result, maybe at once.
         """
         version = self.functions.current[function]
         now_s = self._now()
@@ -266,6 +263,8 @@ class Control:
                 priority=caller.priority,
             )
             self._handle(RequestArrived(request))
+            if not self.scheduler.cache.copies(version.model):
+                self._orders.expect(version)
         return pending
 
     def _submit_to_cpu(self, pending: PendingCall, deadline_s: float) -> None:

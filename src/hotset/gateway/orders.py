@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hotset.gateway.calls import PendingCall
-from hotset.gateway.functions import Functions
+from hotset.gateway.functions import Functions, Version
 from hotset.node.interface import Call, Node
 from hotset.scheduling.actions import Action, Load, Offload, Restore, Run, Unload
 
@@ -39,6 +39,11 @@ class Orders:
             self._offload(action)
         elif type(action) is Restore:
             self._restore(action)
+
+    def expect(self, version: Version) -> None:
+        """A call of it waits, and no GPU has it or loads it: where it may come to, its files are got ready."""
+        for node in dict.fromkeys(self._node_of.values()):
+            node.expect(version.spec.launch)
 
     def _run(self, action: Run) -> None:
         now_s = self._now_s()

@@ -143,6 +143,8 @@ class FakeNode:
         self.operations: list[Operation] = []
         self.well = True
         self._clock = clock
+        self.expected: list[str] = []
+        """Models whose calls waited while no GPU had them, as often as it was said."""
         self._gpus = {gpu.gpu_id: _FakeGpu(gpu) for gpu in gpus}
         self._listener: NodeListener | None = None
         self._load_failures: dict[str, deque[Failure]] = {}
@@ -210,6 +212,10 @@ class FakeNode:
 
     def prepare(self, spec: LaunchSpec) -> None:
         """A fake process starts as fast as it is told to."""
+
+    def expect(self, spec: LaunchSpec) -> None:
+        """Fake models have no files."""
+        self.expected.append(spec.model)
 
     def load(self, gpu_id: str, spec: LaunchSpec) -> None:
         begin = partial(self._load, gpu_id, spec)

@@ -131,6 +131,11 @@ class Node(Protocol):
         """This model was deployed: get ready to start its process quickly. Returns at once."""
         ...
 
+    def expect(self, spec: LaunchSpec) -> None:
+        """A call of this model waits, and no GPU has it: have its files at hand when it is to be loaded. Returns at
+        once; asking again costs nothing."""
+        ...
+
     def load(self, gpu_id: str, spec: LaunchSpec) -> None:
         """Answered by ``loaded`` or ``load_failed``."""
         ...

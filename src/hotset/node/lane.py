@@ -15,6 +15,7 @@ from hotset.node.history import History, LoadParts, Transition
 from hotset.node.interface import Answer, Call, LaunchSpec, NodeListener
 from hotset.node.order import HostMemoryOrder, Operation, Turns
 from hotset.node.process import Ending, ModelProcess, ProcessState
+from hotset.node.read_ahead import ReadAhead
 from hotset.node.spawner import ProcessSource
 from hotset.node.utilisation import BusyMeter
 from hotset.vocabulary import FailureKind
@@ -62,6 +63,7 @@ class Lane:
         where: dict[int, Lane],
         history: History,
         host: HostMemoryOrder,
+        read_ahead: ReadAhead,
     ) -> None:
         self.device = device
         self.gpu_id = device.gpu.gpu_id
@@ -76,6 +78,7 @@ class Lane:
         self._history = history
         self._loop = asyncio.get_running_loop()
         self._host = host
+        self._read_ahead = read_ahead
         self._host.call(self._advance_soon)
         self._turns: Turns[AnyOperation] = Turns(host)
         self._copying: ModelProcess | None = None
@@ -284,6 +287,7 @@ class Lane:
         process.memory_bytes = memory_bytes
         load_s = monotonic() - process.load_began_s
         self._fresh.add(process)
+        self._read_ahead.loaded(model, process.spec.code_path, process.pid)
         self._history.measured(model, memory_bytes)
         self._history.took(model, Transition.LOAD, load_s)
         if process.report is not None:

@@ -18,6 +18,7 @@ from hotset.node.history import History, ModelHistory
 from hotset.node.interface import Call, LaunchSpec, NodeListener, ProcessReport
 from hotset.node.lane import Lane, LoadOperation, OffloadOperation, RestoreOperation, RunOperation, UnloadOperation
 from hotset.node.order import HostMemoryOrder
+from hotset.node.read_ahead import ReadAhead
 from hotset.node.spawner import ProcessSource
 from hotset.node.zygote import ZygoteSource
 from hotset.vocabulary import Gpu
@@ -62,6 +63,7 @@ class LocalNode:
         self._lanes: dict[str, Lane] = {}
         self._where: dict[int, Lane] = {}
         self._history = History()
+        self._read_ahead = ReadAhead()
         self._probing: asyncio.TimerHandle | None = None
 
     @property
@@ -82,7 +84,10 @@ class LocalNode:
         else:
             devices = cuda_devices(self._nvml, memory_bytes=self._memory_bytes, node=self._name)
         host = HostMemoryOrder()
-        lanes = [Lane(device, listener, self._source, self._where, self._history, host) for device in devices]
+        lanes = [
+            Lane(device, listener, self._source, self._where, self._history, host, self._read_ahead)
+            for device in devices
+        ]
         self._lanes = {lane.gpu_id: lane for lane in lanes}
 
     async def stop(self) -> None:
@@ -92,10 +97,14 @@ class LocalNode:
         for lane in self._lanes.values():
             lane.device.close()
         self._lanes = {}
+        self._read_ahead.close()
         self._source.close()
 
     def prepare(self, spec: LaunchSpec) -> None:
         self._source.prepare(spec.python, spec.frameworks)
+
+    def expect(self, spec: LaunchSpec) -> None:
+        self._read_ahead.expect(spec.model, spec.code_path)
 
     def load(self, gpu_id: str, spec: LaunchSpec) -> None:
         self._lanes[gpu_id].submit(LoadOperation(model=spec.model, spec=spec))
