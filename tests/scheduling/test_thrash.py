@@ -112,3 +112,12 @@ def test_only_the_newest_episodes_are_kept():
         world.drain()
         assert guard.episode(world.now_s) is None
     assert len(guard.episodes) == MOST_EPISODES
+
+
+def test_loads_that_take_no_time_are_no_reason_to_fail():
+    """As they are measured on a GPU that has nothing to copy: there is no time to take shares of."""
+    world = World("hotset", gpus=(1.0,), models=[model(name, load_s=0.0, inference_s=0.0) for name in "ab"])
+    for name in "abab":
+        world.arrive(name)
+        world.serve("g0", load_s=0.0, inference_s=0.0)
+    assert not world.open

@@ -46,7 +46,7 @@ class ThrashGuard:
         """A load begins for which another model leaves, and takes about so long."""
         self._swap_s += load_s
         cluster, busy_s = self._cluster, self._swap_s + self.run_s
-        if busy_s < WINDOW_LOADS * cluster.profiles.typical_load_s() * len(cluster.gpus):
+        if not busy_s or busy_s < WINDOW_LOADS * cluster.profiles.typical_load_s() * len(cluster.gpus):
             return
         swapping, episode = self._swap_s / busy_s, self.episode(now_s)
         self._swap_s = self.run_s = 0.0
