@@ -17,6 +17,7 @@ from recording import GPU, MIB, STUB, Recorder, ask, launch, running, story
 from hotset.errors import ConfigurationError, NodeError
 from hotset.node import process as process_module
 from hotset.node.frames import ANSWER_PREFIX, HEADER, SECONDS, SLOT_REFERENCE, Kind
+from hotset.node.history import Transition
 from hotset.node.interface import Call, Node
 from hotset.node.manager import LocalNode
 from hotset.node.spawner import Spawner
@@ -52,6 +53,10 @@ async def test_load_run_unload(recorder: Recorder) -> None:
         node.load(GPU, launch("Echo"))
         told = await recorder.hears("loaded")
         assert (told.model, gone(report.pid)) == ("Echo@1", True)
+        known = node.history()
+        leaving_s = known["Holder@1"].times[Transition.UNLOAD].last_s
+        own_s = known["Echo@1"].times[Transition.LOAD].last_s
+        assert told.seconds > max(leaving_s, own_s), "its callers waited for both"
     assert node.processes() == []
 
 

@@ -80,7 +80,9 @@ class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
 class NodeListener(Protocol):
     """Where a node reports; all methods are cheap and must not raise."""
 
-    def loaded(self, gpu_id: str, model: str, load_s: float, memory_bytes: int | None) -> None: ...
+    def loaded(self, gpu_id: str, model: str, load_s: float, memory_bytes: int | None) -> None:
+        """``load_s``: since it was asked for, until whoever was to leave first had left included. That is how long the
+        GPU was taken, and what a load is worth avoiding."""
 
     def load_failed(
         self, gpu_id: str, model: str, kind: FailureKind, reason: str, memory_bytes: int | None = None

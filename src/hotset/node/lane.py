@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import ClassVar
 
+import msgspec
+
 from hotset.functions.http_envelope import PROCESS_ENTRY
 from hotset.functions.units import format_bytes
 from hotset.node.devices.device import Device
@@ -23,6 +25,8 @@ from hotset.vocabulary import FailureKind
 
 class LoadOperation(Operation):
     spec: LaunchSpec
+    asked_s: float = msgspec.field(default_factory=monotonic)
+    """Its callers wait from here on, for whoever leaves before it, too."""
 
 
 class UnloadOperation(Operation):
@@ -295,8 +299,9 @@ class Lane:
             rest_s = max(0.0, load_s - own_s - (0.0 if process.ahead else import_s))
             parts = LoadParts(process_s=rest_s, import_s=import_s, load_s=own_s, ahead=process.ahead)
             self._history.loaded(model, parts)
-        self._copied()
-        self._listener.loaded(self.gpu_id, model, load_s, memory_bytes)
+        operation = self._copied()
+        assert isinstance(operation, LoadOperation)
+        self._listener.loaded(self.gpu_id, model, monotonic() - operation.asked_s, memory_bytes)
         self._advance()
 
     def _offloaded(self, process: ModelProcess, operation: OffloadOperation, moved: Moved) -> None:
