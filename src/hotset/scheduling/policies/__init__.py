@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hotset.errors import UnknownNameError
+from hotset.scheduling.policies.clockwork import Clockwork
 from hotset.scheduling.policies.hotset import Hotset
 from hotset.scheduling.policies.interface import Policy, PolicySettings
 from hotset.scheduling.policies.lalb import Lalb
@@ -12,6 +13,7 @@ from hotset.scheduling.policies.lalb_o3 import LalbO3
 from hotset.scheduling.policies.lb import Lb
 from hotset.scheduling.policies.mqfq_sticky import MqfqSticky
 from hotset.scheduling.policies.pow2_multiplex import Pow2Multiplex
+from hotset.scheduling.policies.serverlessllm import ServerlessLlm
 
 POLICIES: Mapping[str, Callable[[PolicySettings], Policy]] = {
     "lb": lambda _: Lb(),
@@ -20,6 +22,8 @@ POLICIES: Mapping[str, Callable[[PolicySettings], Policy]] = {
     "hotset": Hotset,
     "mqfq_sticky": MqfqSticky,
     "pow2_multiplex": lambda _: Pow2Multiplex(),
+    "clockwork": lambda _: Clockwork(),
+    "serverlessllm": lambda _: ServerlessLlm(),
 }
 
 
