@@ -48,7 +48,8 @@ class PolicySettings(msgspec.Struct, frozen=True, kw_only=True):
     max_skips: int = 10_000
     """hotset: the same. One much below a load's worth of requests turns an out-of-order queue back into thrash."""
     max_wait_s: float = 60.0
-    """hotset: a request that has waited so long is passed over no more. The same caution: several loads at least."""
+    """hotset: a request that has waited so long is passed over no more; while GPUs thrash, by none for longer than four
+    loads' time (``thrash.py``). The same caution: several loads at least."""
 
     overrun_s: float = 10.0
     """mqfq_sticky: how much more service than the least served function one may have had before it must wait."""
