@@ -108,3 +108,23 @@ class TestTheCall:
             assert (metrics.hopeless, metrics.in_time) == (1, 2)
 
         run(story)
+
+    def test_a_flood_is_answered_with_what_the_others_leave(self):
+        async def latencies(flood: int) -> list[float]:
+            world = await World(gpus=2).start(version("cat", patience_s=600.0))
+            world.behave("cat@1", load_s=0.1, inference_s=0.1)
+            for _ in range(flood):
+                world.control.submit("cat", b"x", caller=Caller("flood"))
+            await world.advance(5.0, steps=100)
+            quiet = []
+            for _ in range(10):
+                quiet.append(await world.finish(world.control.submit("cat", b"x", caller=Caller("quiet"))))
+                await world.advance(0.5, steps=10)
+            assert len(world.control.calls) > flood / 2 or not flood, "the flood goes on"
+            return [result.record.duration_s for result in quiet]
+
+        async def story():
+            alone, flooded = await latencies(0), await latencies(800)
+            assert max(flooded) <= max(alone) + 0.1, "no more than the rest of a run that has begun"
+
+        run(story)
