@@ -235,8 +235,6 @@ class Queues:
     def _cost_s(self, entry: Entry) -> float:
         """GPU seconds that the request is expected to take."""
         cluster, model = self._cluster, entry.model
-        gpu = next(iter(cluster.gpus.values()), None)
-        if gpu is None:
-            return 0.0
-        run_s = cluster.inference_s(model, gpu)
-        return run_s if cluster.cache.copies(model) else run_s + cluster.profiles.load_s(model, gpu.kind)
+        kind = next((gpu.kind for gpu in cluster.gpus.values()), "")
+        run_s = cluster.profiles.inference_s(model, kind)
+        return run_s if cluster.cache.copies(model) else run_s + cluster.profiles.load_s(model, kind)
