@@ -138,6 +138,12 @@ def test_replicas_are_set_within_bounds(tmp_path):
             assert (await faas.send("POST", "/system/scale-function/env", body)).status_code == status
         assert await replicas(faas) == 3
         assert (await faas.send("POST", "/system/scale-function/absent", {"replicas": 1})).status_code == 404
+        for text, status in (
+            ('{"replicas": 2.0}', 202),
+            ('{"replicas": 2.5}', 400),
+            ("[" * 50_000 + "]" * 50_000, 400),
+        ):
+            assert (await faas.http.post("/system/scale-function/env", content=text)).status_code == status
 
     serving(story, tmp_path)
 

@@ -36,11 +36,24 @@ async def read_json(request: Request, kind: type[T], most_bytes: int = MAX_JSON_
     """The body as this record, however it was sent (its type is not looked at); 400 names what does not fit."""
     body = await read_body(request, most_bytes)
     try:
-        return msgspec.json.decode(body, type=kind)
+        return msgspec.convert(_integers(msgspec.json.decode(body)), kind)
     except msgspec.ValidationError as error:
         raise HTTPException(400, f"{error}") from None
+    except RecursionError:
+        raise HTTPException(400, "the body is nested too deeply: send it flatter") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise HTTPException(400, f"the body is not JSON: {error}") from None
+
+
+def _integers(value: Any) -> Any:
+    """2.0 becomes 2: to JSON Schema, and so to who reads /openapi.json, it is an integer; msgspec refuses it as one."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, list):
+        return [_integers(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _integers(each) for key, each in value.items()}
+    return value
 
 
 async def read_body(request: Request, most_bytes: int = MAX_JSON_BYTES) -> bytes:
