@@ -156,7 +156,7 @@ def test_a_deadline_is_kept_or_counted() -> None:
 
     assert run["completed"] + run["rejected"] == run["requests"]
     assert run["deadline_misses"] >= run["rejected"] > 0
-    assert run["goodput_per_s"] < run["throughput_per_s"]
+    assert run["goodput_per_s"] <= run["throughput_per_s"]
     text = hotset("simulate", *options).stdout
     assert "Deadlines" in text
     assert "in time/s" in text

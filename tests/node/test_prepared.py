@@ -43,7 +43,7 @@ async def test_the_next_process_has_imported_its_function_when_its_turn_comes(
         assert parts is not None
         assert parts.ahead
         assert parts.import_s > 0
-        assert loaded.seconds < 1.0  # it did not wait for the other one
+        assert loaded.seconds < 1.4  # it did not wait for the other one, which takes a second more
         # With nobody to wait for, nothing is done ahead.
         node.unload(GPU, "Echo@1")
         while node.processes() or node._lanes[GPU]._alive:
