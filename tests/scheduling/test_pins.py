@@ -246,3 +246,29 @@ def test_whether_there_is_room_can_be_asked_before():
     assert ask(pinned("b", 1.6), instead_of="a")
     assert not ask(pinned("a", 1.5, copies=2))
     assert pins(world) == {"g0": ["a"], "g1": []}, "asking changes nothing"
+
+
+def test_a_pin_waits_for_the_only_copy_there_may_be_to_leave_another_gpu():
+    world = World(gpus=(1.0, 1.0), models=[model("a", 1.0, max_copies=1), "b"])
+    world.arrive("a")
+    world.loaded("g0")
+    pin(world, "b", 1)
+    pin(world, "a", 1)
+    assert pins(world) == {"g0": ["b"], "g1": ["a"]}
+    assert (world.doing("g0"), world.doing("g1")) == ("running a", "idle")
+    world.finish("g0")
+    assert (world.doing("g0"), world.doing("g1")) == ("loading b", "loading a")
+
+
+def test_pow2_multiplex_waits_where_no_gpu_may_take_the_model_now(monkeypatch):
+    monkeypatch.setattr("hotset.scheduling.policies.pow2_multiplex.PATIENCE_S", -1.0)
+    world = World("pow2_multiplex", gpus=(1.0,), models=[model("a", 1.0, max_copies=1), "b"])
+    world.arrive("a")
+    world.loaded("g0")
+    world.join(1.0)
+    pin(world, "b", 1)
+    assert pins(world) == {"g0": ["b"], "g1": []}, "the holder has no room for another copy, the other GPU no leave"
+    waits = world.arrive("a")
+    assert waits in world.open
+    world.drain()
+    assert world.ends[waits] is End.ANSWERED

@@ -31,6 +31,8 @@ class Pow2Multiplex:
         holders = [cluster.gpus[gpu_id] for gpu_id in cluster.cache.holders(entry.model)]
         near = [gpu for gpu in holders if _work_s(gpu, now_s) <= PATIENCE_S]
         drawn_from = near or [gpu for gpu in cluster.gpus.values() if cluster.fits(gpu, entry.model)]
+        if not drawn_from:
+            return None  # as many GPUs as may hold the model do, or pins have all the room: it waits for one of them
         first = entry.seq * _HASH % 2**32
         two = (drawn_from[first % len(drawn_from)], drawn_from[first * _HASH % 2**32 % len(drawn_from)])
         gpu = min(two, key=lambda one: _work_s(one, now_s))
