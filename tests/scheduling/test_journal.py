@@ -132,6 +132,15 @@ def test_only_the_newest_requests_are_kept():
     assert [journal.explain(request_id) is not None for request_id in ids] == [False, False, True, True, True]
 
 
+def test_a_run_whose_decision_is_forgotten_tells_no_half_of_its_story():
+    world = World("lb", gpus=(1.0, 1.0), config=SchedulerConfig(journal_capacity=1))
+    old = world.arrive("a")
+    world.loaded("g0")
+    assert world.scheduler.journal.explain(old) is not None
+    world.arrive("b")
+    assert world.scheduler.journal.explain(old) is None
+
+
 def test_those_who_joined_a_run_are_explained_too():
     world = World("lb", gpus=(1.0,), models=[model("a", max_batch=4)], config=JOURNAL)
     world.arrive("a")

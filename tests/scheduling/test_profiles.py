@@ -126,3 +126,9 @@ def test_a_removed_model_leaves_nothing_behind():
     profiles.observe_run("a", "h100", 1, 1.0)
     profiles.remove("a")
     assert (profiles._loads, profiles._runs, profiles._models) == ({}, {}, {})
+
+
+def test_a_restore_is_learned_of_a_model_that_nobody_added():
+    profiles = Profiles()
+    profiles.observe_restore("a", "h100", 0.5, 100)
+    assert profiles.restore_s("a", "h100") == 0.5
