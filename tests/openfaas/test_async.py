@@ -223,7 +223,7 @@ def test_asynchronous_calls_wait_while_interactive_ones_have_the_gpu(tmp_path):
 
 def test_no_more_asynchronous_calls_are_handed_in_than_run_at_once_and_functions_take_turns(tmp_path):
     async def story(faas: Faas, receiver: Receiver):
-        faas.node.default = FakeFunction(load_s=0, inference_s=0.002, respond=echo)
+        faas.node.default = FakeFunction(load_s=0, inference_s=0.1, respond=echo)
         await faas.deploy("many", "cat", **ON_GPU)
         await faas.deploy("few", "cat", labels={"com.openfaas.scale.max": "1"}, **ON_GPU)
         await faas.deploy("cpu", "cat")
@@ -239,7 +239,7 @@ def test_no_more_asynchronous_calls_are_handed_in_than_run_at_once_and_functions
 
         faas.control.submit = watched
         for name in ("many", "few", "cpu"):
-            for number in range(12):
+            for number in range(6):
                 reply = await faas.http.post(f"/async-function/{name}", content=str(number).encode())
                 assert reply.status_code == 202
         await until(lambda: not faas.queued())
