@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,4 +67,6 @@ async def redeployed_under_load(server: LiveServer, folder: Path) -> tuple[list[
 
 
 def processes(server: LiveServer) -> Iterator[psutil.Process]:
-    return (psutil.Process(pid) for pid in server.gpu_pids())
+    for pid in server.gpu_pids():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since it was listed
+            yield psutil.Process(pid)
