@@ -107,6 +107,25 @@ def test_top_shows_what_is_hot(gateway: str) -> None:
     state = json.loads(hotset("top", "--json", "--gateway", gateway).output)
     resident = [each["model"].partition("@")[0] for gpu in state["gpus"] for each in gpu["residents"]]
     assert "greet" in resident
+    assert state["processes"] is None, "only when asked for"
+    assert "of host memory" not in shown
+
+
+def test_the_host_memory_of_processes_is_told_when_asked_for(gateway: str) -> None:
+    hotset("invoke", "greet", "name=ada", "--gateway", gateway)
+    state = json.loads(hotset("top", "--json", "--processes", "--gateway", gateway).output)
+    of_gpus = [each for each in state["processes"] if each["gpu_id"]]
+    assert of_gpus
+    assert all(each["private_bytes"] > 0 and each["shared_bytes"] > 0 for each in of_gpus)
+    shown = hotset("top", "--once", "--processes", "--gateway", gateway).output
+    assert " GPU processes take " in shown
+    assert "of host memory: " in shown
+
+    described = json.loads(hotset("describe", "greet", "--gateway", gateway, "--json").output)
+    assert {each["model"] for each in described["processes"]} == {described["hotset"]["model"]}
+    text = hotset("describe", "greet", "--gateway", gateway).output
+    assert all(f"process {each['pid']}" in text for each in described["processes"])
+    assert "its share of what is shared" in text
 
 
 def test_explain_says_why(gateway: str, functions: Path, tmp_path: Path) -> None:

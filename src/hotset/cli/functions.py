@@ -73,11 +73,12 @@ def describe(name: str, gateway: str, as_json: bool) -> None:
     """Show everything about one function: its options, memory, schema and where it is hot."""
     with Remote(gateway) as remote:
         function = remote.function(name)
-        states = remote.get("/system/state")["functions"]
+        seen = remote.get("/system/state", processes="true")
     details = function["hotset"]
-    state = next((each for each in states if each["model"] == details["model"]), None)
+    state = next((each for each in seen["functions"] if each["model"] == details["model"]), None)
+    processes = [each for each in seen["processes"] if each["model"] == details["model"]]
     if as_json:
-        write_json(function | {"state": state})
+        write_json(function | {"state": state, "processes": processes})
         return
     rows = [
         ("function", function["name"]),
@@ -87,6 +88,7 @@ def describe(name: str, gateway: str, as_json: bool) -> None:
         ("GPU memory", _memory(details)),
         ("hot on", ", ".join(details["gpus"]) or "no GPU now"),
         *_state_rows(state),
+        *((f"process {each['pid']}", host_memory(each)) for each in processes),
         ("waiting", str(details["waiting"])),
         ("calls", str(function["invocationCount"])),
         ("max batch", _batch(details)),
@@ -115,6 +117,16 @@ def _state_rows(state: dict[str, Any] | None) -> list[tuple[str, str]]:
     if state is None or not (state["transitions"] or state["warm"]):
         return []
     return [("tier", tier(state)), ("warm on", ", ".join(state["warm"]) or "no GPU now"), *transitions(state)]
+
+
+def host_memory(*processes: dict[str, Any]) -> str:
+    """What processes take of the machine: what each has written for itself, and their shares of what is mapped."""
+    private_bytes = sum(each["private_bytes"] for each in processes)
+    shared_bytes = sum(each["shared_bytes"] for each in processes)
+    return (
+        f"{format_bytes(private_bytes + shared_bytes)} of host memory: {format_bytes(private_bytes)} private, "
+        f"{format_bytes(shared_bytes)} its share of what is shared"
+    )
 
 
 def tier(function: dict[str, Any]) -> str:

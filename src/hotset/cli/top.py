@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hotset.cli.functions import tier
+from hotset.cli.functions import host_memory, tier
 from hotset.cli.options import gateway_option, json_option
 from hotset.cli.output import function_of, write_json
 from hotset.cli.remote import Remote
@@ -27,22 +27,26 @@ MOST_CALLERS = 10
     "--interval", default=1.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds between looks."
 )
 @click.option("--once", is_flag=True, help="Look once and end.")
+@click.option(
+    "--processes", is_flag=True, help="With the host memory of the GPU processes: the kernel counts every page for it."
+)
 @gateway_option
 @json_option
-def top(interval: float, once: bool, gateway: str, as_json: bool) -> None:
+def top(interval: float, once: bool, processes: bool, gateway: str, as_json: bool) -> None:
     """Watch the GPUs: what is in their memory, what runs, what waits, how often calls hit. Ctrl-C ends it."""
+    query = {"processes": "true"} if processes else {}
     with Remote(gateway) as remote:
         if as_json or once:
-            state = remote.get("/system/state")
+            state = remote.get("/system/state", **query)
             if as_json:
                 write_json(state)
             else:
                 Console().print(render_state(state))
             return
-        with Live(render_state(remote.get("/system/state")), screen=True, auto_refresh=False) as live:
+        with Live(render_state(remote.get("/system/state", **query)), screen=True, auto_refresh=False) as live:
             while True:
                 time.sleep(interval)
-                live.update(render_state(remote.get("/system/state")), refresh=True)
+                live.update(render_state(remote.get("/system/state", **query)), refresh=True)
 
 
 def render_state(state: dict[str, Any]) -> RenderableType:
@@ -63,6 +67,9 @@ def render_state(state: dict[str, Any]) -> RenderableType:
     for host in state["hosts"]:
         used, capacity = format_bytes(host["used_bytes"]), format_bytes(host["capacity_bytes"])
         parts.append(Text(f"parked in the host memory of {host['node']}: {used} of {capacity}"))
+    if state["processes"] is not None:
+        of_gpus = [each for each in state["processes"] if each["gpu_id"]]
+        parts.append(Text(f"{len(of_gpus)} GPU processes take {host_memory(*of_gpus)}"))
     return Group(*parts)
 
 

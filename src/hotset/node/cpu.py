@@ -10,8 +10,8 @@ from time import monotonic
 import msgspec
 
 from hotset.node.frames import LoadOrder
+from hotset.node.host_memory import host_memory
 from hotset.node.interface import Answer, Call, LaunchSpec, NodeListener, ProcessReport
-from hotset.node.manager import host_memory
 from hotset.node.process import Ending, ModelProcess, ProcessState
 from hotset.node.spawner import ProcessSource, Spawner
 from hotset.vocabulary import FailureKind
@@ -120,15 +120,15 @@ class CpuPool:
         """As a node's, with an empty GPU id."""
         reports = []
         for process in list(self._alive):
-            private_bytes, shared_bytes = host_memory(process.pid)
+            host = host_memory(process.pid)
             reports.append(
                 ProcessReport(
                     gpu_id="",
                     model=process.spec.model,
                     pid=process.pid,
                     device_bytes=0,
-                    private_bytes=private_bytes,
-                    shared_bytes=shared_bytes,
+                    private_bytes=host.private_bytes,
+                    shared_bytes=host.shared_bytes,
                 )
             )
         return reports

@@ -73,8 +73,9 @@ class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
     device_bytes: int
     """GPU memory: NVML per process on CUDA; parameters, buffers and workspace on a virtual GPU."""
     private_bytes: int
-    """Host memory that is this process's own (unshared part of PSS)."""
+    """Host memory that it alone has written."""
     shared_bytes: int
+    """Its share of what it has mapped with others, weights above all; with ``private_bytes`` its PSS."""
 
 
 class NodeListener(Protocol):

@@ -8,13 +8,12 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 
-import psutil  # type: ignore[import-untyped]
-
 from hotset.errors import ConfigurationError
 from hotset.node.devices.cuda import Nvml, cuda_devices
 from hotset.node.devices.device import Device
 from hotset.node.devices.virtual import virtual_devices
 from hotset.node.history import History, ModelHistory
+from hotset.node.host_memory import host_memory
 from hotset.node.interface import Call, LaunchSpec, NodeListener, ProcessReport
 from hotset.node.lane import Lane, LoadOperation, OffloadOperation, RestoreOperation, RunOperation, UnloadOperation
 from hotset.node.order import HostMemoryOrder
@@ -141,7 +140,7 @@ class LocalNode:
         reports = []
         for lane in list(self._lanes.values()):
             for process in list(lane.processes.values()):
-                private_bytes, shared_bytes = host_memory(process.pid)
+                host = host_memory(process.pid)
                 measured_bytes = lane.device.process_bytes(process.pid)
                 reports.append(
                     ProcessReport(
@@ -149,8 +148,8 @@ class LocalNode:
                         model=process.spec.model,
                         pid=process.pid,
                         device_bytes=process.memory_bytes if measured_bytes is None else measured_bytes,
-                        private_bytes=private_bytes,
-                        shared_bytes=shared_bytes,
+                        private_bytes=host.private_bytes,
+                        shared_bytes=host.shared_bytes,
                     )
                 )
         return reports
@@ -181,13 +180,3 @@ class LocalNode:
         spawned.close()
         for lane in self._lanes.values():
             lane.spawn_failed = False
-
-
-def host_memory(pid: int) -> tuple[int, int]:
-    """Bytes of host memory a process has for itself, and its share (PSS) of what it has with others; zeros once it is
-    gone."""
-    try:
-        memory = psutil.Process(pid).memory_full_info()
-    except psutil.Error:
-        return 0, 0
-    return memory.uss, max(0, memory.pss - memory.uss)
