@@ -11,7 +11,7 @@ import psutil  # type: ignore[import-untyped]
 from gpu_checks.record import Findings, Unavailable
 from gpu_checks.setup import MIB, POOL_SIZE, Setup
 from hotset.node.devices.cuda import Nvml, cuda_devices
-from hotset.node.manager import host_memory
+from hotset.node.host_memory import host_memory
 from hotset.node.zygote import ZygoteSource
 
 MOST_CONTEXT_MIB = 1024
@@ -184,4 +184,5 @@ async def _host_mib(source: ZygoteSource, processes: int) -> float:
     while len(zygote.children()) != processes and monotonic() < deadline_s:
         await asyncio.sleep(0.02)
     family = [psutil.Process(), zygote, *zygote.children()]
-    return sum(sum(host_memory(process.pid)) for process in family) / MIB
+    held = [host_memory(process.pid) for process in family]
+    return sum(each.private_bytes + each.shared_bytes for each in held) / MIB
