@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,7 +93,8 @@ def test_large_bodies_and_what_they_claim(server: Server, size: int, said: int, 
     header = (described % (shape, said)).encode()
     body = header.ljust(size, b" ")
     told = dims.draw(st.sampled_from((len(header), size, size + 1, 0, 10**17)))
-    assert server.ask(body, f"inference-header-content-length: {told}") == 400
+    is_true = min(shape, default=0) >= 0 and 4 * math.prod(shape) == said == size - told
+    assert server.ask(body, f"inference-header-content-length: {told}") in ((200, 400) if is_true else (400,))
 
 
 def test_claims_cost_no_memory_beyond_the_body(server: Server) -> None:
