@@ -128,6 +128,12 @@ class TestWhatHappensMeanwhile:
         world.wait(0.5)
         assert world.running("g0") == (again,)
 
+    def test_nobody_is_held_once_the_options_have_changed(self):
+        world = hot()
+        held = (world.arrive("a"), world.arrive("a"))
+        world.add(model("a", max_batch=2, max_batch_wait_s=0.5))
+        assert world.running("g0") == held
+
     def test_one_of_several_may_leave(self):
         world = hot()
         first, second = world.arrive("a"), world.arrive("a")

@@ -210,6 +210,14 @@ def test_one_that_proves_too_large_for_its_gpu_moves_to_another():
     assert pins(world) == {"g0": [], "g1": [], "g2": ["a"]}
 
 
+def test_one_that_proves_larger_refuses_those_who_have_no_room_beside_it_any_more():
+    world = World(gpus=(2.0,), models=["a"])
+    world.add(pinned("b"))
+    waits = world.arrive("a")
+    world.loaded("g0", memory_bytes=3 * GIB // 2)
+    assert world.ends[waits] is RejectReason.TOO_LARGE
+
+
 def test_one_that_proves_smaller_leaves_more_to_others():
     world = World(gpus=(2.0,), models=[pinned("a", 1.5), model("b", 1.0)])
     world.loaded("g0", memory_bytes=GIB)

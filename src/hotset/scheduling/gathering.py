@@ -55,11 +55,20 @@ class Gathering:
         full = len(batch.entries) >= model.max_batch
         release_s = now_s if full else now_s + min(model.max_batch_wait_s, self._slack_s(entry, now_s))
         if release_s < batch.release_s:
-            batch.release_s = release_s
-            self._counter += 1
-            heappush(self._agenda, (release_s, self._counter, name, batch))
-            self.next_s = min(self.next_s, release_s)
+            self._release_at(release_s, name, batch)
         return True
+
+    def _release_at(self, release_s: float, name: str, batch: _Batch) -> None:
+        batch.release_s = release_s
+        self._counter += 1
+        heappush(self._agenda, (release_s, self._counter, name, batch))
+        self.next_s = min(self.next_s, release_s)
+
+    def let_go(self, name: str, now_s: float) -> None:
+        """The model's options changed: whom the old ones held back is held no more."""
+        batch = self._batches.get(name)
+        if batch is not None:
+            self._release_at(now_s, name, batch)
 
     def _slack_s(self, entry: Entry, now_s: float) -> float:
         """How long the request can wait and a full batch still be done by its deadline."""

@@ -58,10 +58,12 @@ class Pins:
             del self._pinned[model]
             self.plan()
 
-    def measured(self, model: str) -> None:
-        """The model's size is known better."""
-        if model in self._pinned:
-            self.plan()
+    def measured(self, model: str) -> bool:
+        """The model's size is known better; returns whether that moved pins, and so may leave others without room."""
+        if model not in self._pinned:
+            return False
+        self.plan()
+        return True
 
     def plan(self) -> None:
         """Place the pins anew: wishes, sizes or GPUs changed."""

@@ -68,10 +68,7 @@ class Scheduler:
         self.quarantine = Quarantine(self.config.quarantine)
         self.pins = Pins(self.cluster, self._transitions, self.quarantine)
         self._admission = Admission(
-            self.cluster,
-            self.quarantine,
-            max_queue=self.config.max_queue,
-            max_queue_per_model=self.config.max_queue_per_model,
+            self.cluster, self.quarantine, max_queue=config.max_queue, max_queue_per_model=config.max_queue_per_model
         )
         self._requests = OpenRequests(
             self.cluster,
@@ -333,7 +330,8 @@ class Scheduler:
         self._queues.loaded(resident, load_s)
         if memory_bytes is not None:
             self.cluster.learn_memory(model, resident.memory_bytes)
-            self.pins.measured(model)
+            if self.pins.measured(model):
+                self._requests.reject_too_large(now_s)
         if work is None:
             resident.in_use = False
             self.cluster.copy_ended(gpu, model)
@@ -433,6 +431,7 @@ class Scheduler:
     def _model_added(self, event: ModelAdded, now_s: float) -> None:
         self.cluster.models[event.model.name] = event.model
         self._gathers = self._gathers or event.model.max_batch_wait_s > 0.0
+        self._gathering.let_go(event.model.name, now_s)
         self.profiles.add(event.model)
         self.cluster.removed.discard(event.model.name)
         self.pins.want(event.model.name, event.model.min_copies)
