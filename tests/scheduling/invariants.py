@@ -82,7 +82,10 @@ def check_pins(scheduler: Scheduler, now_s: float) -> None:
         assert scheduler.pins.placed(name) <= wanted
         if scheduler.pins.placed(name) < wanted:
             spare = [gpu for gpu in cluster.gpus.values() if name not in gpu.memory.pinned]
-            assert all(gpu.memory.unpinned_bytes < model.memory_bytes for gpu in spare), "all that has room has a place"
+            for gpu in spare:
+                resident = gpu.memory.residents.get(name)
+                need_bytes = max(model.memory_bytes, 0 if resident is None else resident.memory_bytes)
+                assert gpu.memory.unpinned_bytes < need_bytes, "all that has room has a place"
 
 
 def check_bounds(cluster: Cluster) -> None:

@@ -421,5 +421,14 @@ class TestManyModels:
         assert not world.open
 
 
+def test_a_request_that_has_just_come_is_placed_where_loads_take_no_time():
+    world = hotset_world(gpus=(2.0,))
+    world.arrive("b")
+    world.loaded("g0", load_s=0.0)
+    world.finish("g0")
+    world.arrive("a")
+    assert world.doing("g0") == "loading a"
+
+
 def test_it_is_registered():
     assert isinstance(POLICIES["hotset"](PolicySettings()), Hotset)

@@ -188,7 +188,7 @@ class Hotset:
         The one first that ends the most waiting per second of GPU time, its victims' reloads counted in.
         """
         options: list[_Option] = []
-        most = 0.0
+        most = -1.0  # of requests that have just come, where loads take no time, none is worth anything yet
         for line in _by_most_worth(cluster, models, now_s):
             if line.most_worth <= most or len(options) == MOST_PRICED:
                 break
