@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 
 import hotset.testing
-from hotset.functions.codecs import JSON
 from hotset.functions.loading import find_entry, load_entry
+from hotset.functions.media import JSON
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -15,8 +15,8 @@ from typing import Any
 import orjson
 
 from hotset.errors import InputError
-from hotset.functions.codecs import JSON, Body, parse_media_type
 from hotset.functions.encoding import to_json
+from hotset.functions.media import JSON, Body, parse_media_type
 from hotset.functions.runtime import Call, Outcome, Runtime
 
 

@@ -19,8 +19,8 @@ from PIL import Image
 from v2_world import Echo, Scale, tensor
 
 import hotset
-from hotset.functions.codecs import V2
 from hotset.functions.images import to_file
+from hotset.functions.media import V2
 from hotset.functions.runtime import Call, Outcome, Runtime
 from hotset.functions.v2 import WARM, unframe
 from hotset.functions.v2_tensors import (

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 
 from hotset.cli.model_bundle import model_folder
 from hotset.errors import ConfigurationError, FunctionError, InputError
-from hotset.functions.codecs import V2
 from hotset.functions.contract import FunctionKind, options_of
 from hotset.functions.loading import load_entry
+from hotset.functions.media import V2
 from hotset.functions.model_files import FileSettings, source_of
 from hotset.functions.model_files.declared import Declared
 from hotset.functions.model_files.function import SPARE_BYTES, make_class, settings_from

@@ -11,7 +11,8 @@ import msgspec
 import orjson
 
 from hotset.errors import FunctionError
-from hotset.functions.codecs import JSON, NPY, OCTET_STREAM, TEXT, Special, special_kind
+from hotset.functions.codecs import Special, special_kind
+from hotset.functions.media import JSON, NPY, OCTET_STREAM, TEXT
 
 NDJSON = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"

@@ -10,7 +10,7 @@ import struct
 
 import msgspec
 
-from hotset.functions.codecs import Body
+from hotset.functions.media import Body
 
 REQUEST = "application/vnd.hotset.http-request"
 RESPONSE = "application/vnd.hotset.http-response"

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 from PIL import Image
 
-from hotset.functions.codecs import JSON, Body, Codec, MediaType
+from hotset.functions.codecs import Codec
+from hotset.functions.media import JSON, Body, MediaType
 
 MAX_PIXELS = 50_000_000
 """Larger pictures are refused before they are decompressed (200 MB as RGBA)."""

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from hotset.errors import FunctionError
-from hotset.functions.codecs import codec_of, decode_hook, schema_hook, translate
+from hotset.functions.annotations import codec_of, decode_hook, schema_hook, translate
 from hotset.functions.contract import FunctionOptions, options_of
 from hotset.functions.signature import Parameter, Signature
 

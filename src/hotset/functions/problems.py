@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from hotset.errors import InputError
-from hotset.functions.codecs import Body
+from hotset.functions.media import Body
 
 SHOWN_CHARACTERS = 200
 """How much of what a caller sent an error repeats."""

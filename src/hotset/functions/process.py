@@ -31,7 +31,6 @@ from urllib.parse import urlsplit
 import msgspec
 
 from hotset.errors import FunctionError
-from hotset.functions.codecs import JSON, Body
 from hotset.functions.encoding import StreamFormat, to_json
 from hotset.functions.http_envelope import (
     REQUEST,
@@ -42,6 +41,7 @@ from hotset.functions.http_envelope import (
     pack,
     unpack_request,
 )
+from hotset.functions.media import JSON, Body
 from hotset.functions.runtime import Call, Outcome, Stream
 from hotset.functions.signature import Signature
 

@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 
 from hotset.errors import FunctionError, InputError
-from hotset.functions.codecs import JSON, V2, Body
 from hotset.functions.encoding import PlainWriter, StreamFormat, Writer, to_json
 from hotset.functions.inspection import signature_of
+from hotset.functions.media import JSON, V2, Body
 
 _SHOWN_CHARACTERS = 2000
 """How much of an exception's text an answer repeats."""

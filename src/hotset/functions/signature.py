@@ -13,17 +13,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hotset.errors import FunctionError, InputError
-from hotset.functions.codecs import (
-    JSON,
-    Body,
-    BodyCodec,
-    MediaType,
-    codec_of,
-    decode_hook,
-    parse_media_type,
-    schema_hook,
-)
+from hotset.functions.annotations import codec_of, decode_hook, schema_hook
+from hotset.functions.codecs import BodyCodec
 from hotset.functions.encoding import EVENT_STREAM, NDJSON, Encoded, encode
+from hotset.functions.media import JSON, Body, MediaType, parse_media_type
 from hotset.functions.problems import (
     SHOWN_CHARACTERS,
     UNREADABLE,

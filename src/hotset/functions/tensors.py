@@ -19,7 +19,8 @@ import msgspec
 import numpy as np
 
 from hotset.errors import FunctionError
-from hotset.functions.codecs import JSON, NPY, OCTET_STREAM, Body, Codec, MediaType
+from hotset.functions.codecs import Codec
+from hotset.functions.media import JSON, NPY, OCTET_STREAM, Body, MediaType
 
 MAX_DIMENSIONS = 32
 

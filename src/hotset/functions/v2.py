@@ -25,19 +25,10 @@ import msgspec
 import numpy as np
 
 from hotset.errors import FunctionError, InputError
-from hotset.functions.codecs import (
-    JSON,
-    OCTET_STREAM,
-    V2,
-    Body,
-    MediaType,
-    Special,
-    codec_of,
-    decode_hook,
-    parse_media_type,
-    special_kind,
-)
+from hotset.functions.annotations import codec_of, decode_hook
+from hotset.functions.codecs import Special, special_kind
 from hotset.functions.encoding import Encoded, StreamFormat, to_json
+from hotset.functions.media import JSON, OCTET_STREAM, V2, Body, MediaType, parse_media_type
 from hotset.functions.problems import UNREADABLE, input_error
 from hotset.functions.signature import Parameter, Signature
 from hotset.functions.tensors import Array, TensorCodec

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from hotset.functions.codecs import Body
 from hotset.functions.encoding import to_json
+from hotset.functions.media import Body
 from hotset.functions.problems import UNREADABLE
 from hotset.functions.tensors import Array, describe_shape
 

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from hotset.functions.codecs import codec_of
+from hotset.functions.annotations import codec_of
 from hotset.functions.signature import Signature
 from hotset.functions.tensors import TensorCodec
 from hotset.functions.v2_tensors import BYTES, datatype_of
@@ -85,7 +85,7 @@ class Field(msgspec.Struct, frozen=True):
 
 
 def tensor_type(annotation: Any) -> TensorType:
-    """The tensor for values of this type, as ``codecs.translate`` gives types."""
+    """The tensor for values of this type, as ``annotations.translate`` gives types."""
     codec = codec_of(annotation)
     if isinstance(codec, TensorCodec):
         spec = codec.spec

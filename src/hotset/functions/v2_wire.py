@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 
 from hotset.errors import InputError
-from hotset.functions.codecs import Body
+from hotset.functions.media import Body
 from hotset.functions.problems import UNREADABLE
 from hotset.functions.tensors import describe_shape
 from hotset.functions.v2_tensors import (

@@ -13,8 +13,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from hotset.functions.codecs import V2
 from hotset.functions.http_envelope import REQUEST
+from hotset.functions.media import V2
 from hotset.gateway.bodies import Bodies, BodyError
 from hotset.gateway.callers import CallerError
 from hotset.gateway.calls import CallRecord, Chunks, Deliver, PendingCall, Receive, Result, StreamBroken

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from hotset.errors import ConfigurationError, FunctionError, InputError
-from hotset.functions.codecs import codec_of, translate
+from hotset.functions.annotations import codec_of, translate
 from hotset.functions.contract import (
     DEFAULT_LOAD_TIMEOUT_S,
     DEFAULT_TIMEOUT_S,

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import msgspec
 
 from hotset.errors import StoreError
-from hotset.functions.codecs import JSON, V2
 from hotset.functions.http_envelope import REQUEST
+from hotset.functions.media import JSON, V2
 from hotset.gateway.callers import Caller
 from hotset.gateway.calls import Result, StreamBroken
 from hotset.gateway.control import Control

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import msgspec
 
 from hotset.errors import ConfigurationError
-from hotset.functions.codecs import V2
 from hotset.functions.contract import FunctionKind
+from hotset.functions.media import V2
 from hotset.functions.v2 import WARM
 from hotset.functions.v2_types import Tensors
 from hotset.gateway.control import Control
