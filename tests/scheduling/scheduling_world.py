@@ -330,15 +330,17 @@ class World:
     # The other side of the seam
 
     def handle(self, event: Event) -> list[Action]:
+        pinned = {gpu_id: self.scheduler.cache.memory(gpu_id).pinned for gpu_id in self.scheduler.cluster.gpus}
         actions = self.scheduler.handle(event, self.now_s)
         for action in actions:
-            self._carry_out(action)
+            self._carry_out(action, pinned)
         self.log += actions
         check(self.scheduler, self.now_s)
         self._compare()
         return actions
 
-    def _carry_out(self, action: Action) -> None:
+    def _carry_out(self, action: Action, pinned: Mapping[str, Mapping[str, int]]) -> None:
+        """``pinned``: before the event; a pin may be given for the room that a copy leaves in it."""
         match action:
             case Load() | Restore():
                 device = self.devices[action.gpu_id]
@@ -379,8 +381,8 @@ class World:
                 device = self.devices[action.gpu_id]
                 assert action.model not in device.in_use, f"{action} while in use"
                 if device.parked.pop(action.model, None) is None:
-                    memory = self.scheduler.cache.memory(action.gpu_id)
-                    assert action.model not in memory.pinned, f"{action}: it is pinned"
+                    kept = self.scheduler.cache.memory(action.gpu_id).pinned.keys() & pinned[action.gpu_id]
+                    assert action.model not in kept, f"{action}: it is pinned"
                     del device.resident[action.model]
             case Reject():
                 assert action.message, "a rejection says why"

@@ -280,3 +280,37 @@ def test_pow2_multiplex_waits_where_no_gpu_may_take_the_model_now(monkeypatch):
     assert waits in world.open
     world.drain()
     assert world.ends[waits] is End.ANSWERED
+
+
+def test_one_that_proves_larger_is_refused_where_it_has_no_room_beside_a_pin():
+    world = World(gpus=(3.0,), models=["b"])
+    world.arrive("b")
+    world.add(pinned("a", 1.0))
+    waits = world.arrive("b")
+    world.loaded("g0", memory_bytes=5 * GIB // 2)
+    assert world.ends[waits] is RejectReason.TOO_LARGE
+
+
+def test_a_pin_finds_the_room_that_a_copy_too_many_leaves():
+    world = World(gpus=(2.0,), models=[model("a", 2.0)])
+    world.arrive("a")
+    world.loaded("g0")
+    world.add(pinned("b", 0.5))
+    world.handle(ModelAdded(model("a", 1.0, min_copies=1, max_copies=1)))
+    assert pins(world) == {"g0": ["b"]}, "the larger copy of before still runs"
+    world.finish("g0")
+    assert pins(world) == {"g0": ["b", "a"]}
+
+
+def test_lalb_keeps_the_gpu_of_a_pinned_model_for_the_older_request():
+    world = World("lalb", gpus=(8.0, 2.0), models=[model("a", 2.0)])
+    world.arrive("a")
+    world.serve("g0")
+    world.add(pinned("b", 5.0))
+    world.loaded("g0")
+    world.arrive("b")
+    older = world.arrive("b")
+    world.arrive("a")
+    assert (world.doing("g0"), world.doing("g1")) == ("running b", "loading a"), "a does not wait for g0"
+    world.finish("g0")
+    assert world.running("g0") == (older,)

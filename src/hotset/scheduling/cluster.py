@@ -250,11 +250,13 @@ class Cluster:
 
     # What the Scheduler changes
 
-    def learn_memory(self, name: str, memory_bytes: int) -> None:
-        """What a model was measured to take replaces what it was said to."""
+    def learn_memory(self, name: str, memory_bytes: int) -> bool:
+        """What a model was measured to take replaces what it was said to. Returns whether that is news."""
         model = self.models.get(name)
-        if model is not None and model.memory_bytes != memory_bytes:
-            self.models[name] = msgspec.structs.replace(model, memory_bytes=memory_bytes)
+        if model is None or model.memory_bytes == memory_bytes:
+            return False
+        self.models[name] = msgspec.structs.replace(model, memory_bytes=memory_bytes)
+        return True
 
     def join(self, gpu: Gpu) -> GpuState:
         self._joined += 1

@@ -58,12 +58,10 @@ class Pins:
             del self._pinned[model]
             self.plan()
 
-    def measured(self, model: str) -> bool:
-        """The model's size is known better; returns whether that moved pins, and so may leave others without room."""
-        if model not in self._pinned:
-            return False
-        self.plan()
-        return True
+    def changed(self, model: str) -> None:
+        """The model's size is known better, or a copy of it left: its pins may need other room, or find it."""
+        if model in self._pinned:
+            self.plan()
 
     def plan(self) -> None:
         """Place the pins anew: wishes, sizes or GPUs changed."""

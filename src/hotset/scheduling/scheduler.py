@@ -328,10 +328,9 @@ class Scheduler:
         work = None if gpu.memory.copying == model else self._work_of(gpu, model)
         resident = self.cache.loaded(gpu.memory, model, memory_bytes)
         self._queues.loaded(resident, load_s)
-        if memory_bytes is not None:
-            self.cluster.learn_memory(model, resident.memory_bytes)
-            if self.pins.measured(model):
-                self._requests.reject_too_large(now_s)
+        if memory_bytes is not None and self.cluster.learn_memory(model, resident.memory_bytes):
+            self.pins.changed(model)
+            self._requests.reject_too_large(now_s)
         if work is None:
             resident.in_use = False
             self.cluster.copy_ended(gpu, model)
@@ -384,7 +383,7 @@ class Scheduler:
             entries = self._work_of(gpu, name).entries
         if event.memory_bytes is not None:
             self.cluster.learn_memory(name, event.memory_bytes)
-            self.pins.measured(name)
+            self.pins.changed(name)
             self._requests.reject_too_large(now_s)
         # Knowing better what it needs, the same GPU is as good as any, and nobody is to blame.
         avoid = "" if learned else gpu.gpu_id
@@ -476,8 +475,10 @@ class Scheduler:
 
     def _shed(self, model: str) -> None:
         """Copies that are no longer wanted leave, unless they are in use: then they do once they are not."""
-        for gpu in self.cluster.surplus(model):
-            self._transitions.unload(gpu, model)
+        if surplus := self.cluster.surplus(model):
+            for gpu in surplus:
+                self._transitions.unload(gpu, model)
+            self.pins.changed(model)
         self._forget_if_gone(model)
 
     def _forget_if_gone(self, name: str) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 
 from hotset.scheduling.cluster import Cluster
 from hotset.scheduling.policies.interface import Placement, Rule
 from hotset.scheduling.queue import Entry
 
 
-def place_in_order(cluster: Cluster, entry: Entry, now_s: float, awaited_bytes: float = math.inf) -> Placement | None:
+def place_in_order(cluster: Cluster, entry: Entry, now_s: float, awaited: Collection[str] = ()) -> Placement | None:
     """Step 2 of LALB for one request; None when it fits on no idle GPU. One whose model may have no further copy waits
     for the holder that is done first.
 
@@ -17,8 +17,8 @@ def place_in_order(cluster: Cluster, entry: Entry, now_s: float, awaited_bytes: 
     GPU: run on that one; 2d it is only on busy GPUs: wait for the one that is done first if that is shorter than a
     load, else load another copy. O(log copies).
 
-    ``awaited_bytes``: an older request that needs so much waits for a GPU that large, which therefore takes no more
-    into its local queue.
+    ``awaited``: models of older requests that fit on no idle GPU. They wait for a GPU that can hold them, which
+    therefore takes no more into its local queue.
     """
     model = entry.model
     holder = cluster.idle_holder(model)
@@ -32,11 +32,11 @@ def place_in_order(cluster: Cluster, entry: Entry, now_s: float, awaited_bytes: 
         return None if here is None else Placement(entry, here, Rule.NOWHERE)
     wait_s = max(busy.busy_until_s - now_s, 0.0) + busy.local_backlog_s
     if here is None:
-        if cluster.is_spread(model) and busy.memory.unpinned_bytes < awaited_bytes:
+        if cluster.is_spread(model) and not any(cluster.fits(busy, other) for other in awaited):
             return Placement(entry, busy, Rule.NO_MORE_COPIES, local=True, waited_s=wait_s)
         return None
     if wait_s < cluster.load_s(model, here):
-        if busy.memory.unpinned_bytes < awaited_bytes:
+        if not any(cluster.fits(busy, other) for other in awaited):
             return Placement(entry, busy, Rule.WAIT_FOR_HOLDER, local=True, waited_s=wait_s)
         return Placement(entry, here, Rule.HOLDER_AWAITED, waited_s=wait_s)
     return Placement(entry, here, Rule.LOAD_IS_SHORTER, waited_s=wait_s)
@@ -54,10 +54,10 @@ class Lalb:
     def next_placement(self, cluster: Cluster, now_s: float) -> Placement | None:
         if not cluster.idle:
             return None
-        awaited_bytes = math.inf
+        awaited: set[str] = set()
         for entry in cluster.queue.in_order():
-            placement = place_in_order(cluster, entry, now_s, awaited_bytes)
+            placement = place_in_order(cluster, entry, now_s, awaited)
             if placement is not None:
                 return placement
-            awaited_bytes = min(awaited_bytes, cluster.models[entry.model].memory_bytes)
+            awaited.add(entry.model)
         return None
