@@ -481,14 +481,6 @@ def test_the_file_that_is_deployed_is_a_few_readable_lines(tmp_path: Path) -> No
     assert (on_cpu.kind, on_cpu.gpu_memory_bytes) == (FunctionKind.CPU, None)
 
 
-def test_cuda_is_missed_in_one_sentence(tmp_path: Path) -> None:
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime knows CUDA")
-    runtime = Runtime(make_class(classifier(tmp_path), FileSettings(), module="test"), device="cuda:0")
-    with pytest.raises(FunctionError, match="onnxruntime-gpu"):
-        runtime.load()
-
-
 def test_a_model_that_gives_fewer_outputs_than_were_named(tmp_path: Path) -> None:
     names = tuple(Declared(name=name, datatype="FP32", shape=(-1,)) for name in "abc")
     runtime = served(script(tmp_path), outputs=names)

@@ -48,8 +48,18 @@ class OnnxFile(Adapter):
         if kind == "cuda":
             if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
                 raise FunctionError("this onnxruntime knows no CUDA: install onnxruntime-gpu in its place")
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(index or 0)}))
+            preload = getattr(onnxruntime, "preload_dlls", None)  # from 1.21: CUDA and cuDNN as pip installed them
+            if preload is not None:
+                preload()
+            # Its arena doubles whenever it grows, unless it is told to take what it needs: others share the GPU.
+            options = {"device_id": int(index or 0), "arena_extend_strategy": "kSameAsRequested"}
+            providers.insert(0, ("CUDAExecutionProvider", options))
         self._session = onnxruntime.InferenceSession(str(self.path), providers=providers)
+        if kind == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
+            raise FunctionError(
+                "onnxruntime fell back to the CPU: install the CUDA and cuDNN that it names in the log"
+                " (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+            )
         self._names = [each.name for each in self.inputs]
         self._wanted = [each.name for each in self.outputs]
         self._text = [each.datatype == "BYTES" for each in self.inputs]
