@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,16 +102,53 @@ def test_any_sizes_fit_the_slab_without_overlap(kinds: list[tuple[torch.dtype, i
     assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True))
 
 
+def quantised() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is about to give them up
+        return torch.quantize_per_tensor(torch.ones(3), 0.1, 3, torch.qint8)
+
+
 @pytest.mark.parametrize(
-    "tensor", [torch.eye(3).to_sparse(), torch.ones(3).as_subclass(type("Own", (torch.Tensor,), {}))]
+    "make",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.ones(3).as_subclass(type("Own", (torch.Tensor,), {})),
+        quantised,
+        lambda: torch.conj(torch.ones(3, dtype=torch.complex64)),
+        lambda: torch.conj(torch.ones(3, dtype=torch.complex64)).imag,
+    ],
+    ids=["sparse", "subclass", "quantised", "conjugated", "negated"],
 )
-def test_what_is_more_than_plain_memory_is_not_parked(tensor: torch.Tensor) -> None:
-    with pytest.raises((CannotPark, NotImplementedError)):
-        Weights([tensor])
+def test_what_is_more_than_plain_memory_is_not_parked(make: Callable[[], torch.Tensor]) -> None:
+    """Their memory alone would come back as other numbers."""
+    with pytest.raises(CannotPark):
+        Weights([make()])
+
+
+def test_memory_that_two_storages_claim_is_not_parked() -> None:
+    numbers = numpy.ones(8, numpy.float32)
+    with pytest.raises(CannotPark, match="the same memory"):
+        Weights([torch.from_numpy(numbers), torch.from_numpy(numbers[:4])])
+
+
+def test_what_predict_made_in_inference_mode_can_still_be_changed_there() -> None:
+    """A cache that is written in place: torch lets nobody do that to an inference tensor that is none any more."""
+    with torch.inference_mode():
+        cache = torch.ones(4, 4)
+        row = cache[1]
+    with parked([cache, row]):
+        pass
+    assert (cache.is_inference(), row.is_inference()) == (True, True)
+    with torch.inference_mode():
+        cache.add_(1)
+    assert row.tolist() == [2.0] * 4
 
 
 class FakeCuda:
     """``torch.cuda`` as far as parking calls it."""
+
+    class CUDAGraph:
+        """A captured graph."""
 
     def __init__(self, refuses: int = 0) -> None:
         self.calls: list[str] = []
@@ -159,11 +198,23 @@ def test_a_slab_is_pinned_where_the_driver_agrees_and_released_once(cuda: FakeCu
     assert slab.pinned
     slab.close()
     assert cuda.calls == ["register", "unregister"]
-    cuda.refuses = 1
+
+
+def test_what_the_driver_refused_is_not_blamed_on_the_next_kernel(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``cudaHostRegister`` leaves its error behind, and whatever launches a kernel next is told of it, once."""
+    cuda.refuses = 2
+
+    def ones(size: int, device: str) -> None:
+        cuda.calls.append("kernel")
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "ones", ones)
     slab = Slab(4096, pinned=True)
     assert not slab.pinned
     slab.close()
-    assert cuda.calls == ["register", "unregister", "register"]
+    assert cuda.calls == ["register", "kernel"]
 
 
 def test_a_cuda_model_is_parked_and_comes_back(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +232,21 @@ def test_a_cuda_model_is_parked_and_comes_back(cuda: FakeCuda, monkeypatch: pyte
     assert (back.device_bytes, back.host_bytes) == (7, 0)
     assert cuda.calls[5:] == ["synchronize", "on its stream", "stream done", "unregister"]
     assert all(torch.equal(one, other) for one, other in zip(holder.tensors(), before, strict=True))
+
+
+def test_a_captured_graph_wherever_it_is_kept_forbids_parking(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    graph = cuda.CUDAGraph()
+    kept_in_a_closure = SimpleNamespace(replay=lambda: graph, net=Holder())
+    with pytest.raises(CannotPark, match="CUDA graphs remember"):
+        Residency(kept_in_a_closure, "cuda:0", memory_bytes=99).offload()
+    assert cuda.calls == []
+
+
+def test_a_model_whose_tensors_are_empty_cannot_be_parked(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    with pytest.raises(CannotPark, match="are empty"):
+        Residency(SimpleNamespace(nothing=torch.empty(0)), "cuda:0", memory_bytes=99).offload()
 
 
 def test_a_model_without_tensors_on_the_gpu_cannot_be_parked(cuda: FakeCuda) -> None:

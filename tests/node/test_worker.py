@@ -225,6 +225,12 @@ def test_tensors_count_once_wherever_they_are() -> None:
     assert memory.measure(Function(), growth_bytes=1 << 40) == 16 * 16 * 4 + 8 * 4 + 32
 
 
+def test_tensors_without_memory_of_their_own_kind_are_counted_by_their_numbers() -> None:
+    torch = pytest.importorskip("torch")
+    function = SimpleNamespace(meta=torch.empty(1 << 20, device="meta"), sparse=torch.eye(4).to_sparse())
+    assert memory.found_bytes(function) == (16 * 4, 0)
+
+
 def test_without_tensors_growth_counts_unless_arrays_explain_it() -> None:
     function = SimpleNamespace(table=numpy.ones(1000))
     assert memory.found_bytes(function) == (0, 8000)
@@ -240,12 +246,13 @@ def test_private_memory_is_what_was_allocated() -> None:
         assert memory.private_bytes() - before > 30 * MIB
 
 
-def fake_torch(initialized: bool = True) -> ModuleType:
+def fake_torch(initialized: bool = True, available: bool = True) -> ModuleType:
     torch = ModuleType("torch")
     fractions: list[tuple[float, int]] = []
     torch.fractions = fractions  # type: ignore[attr-defined]
     torch.cuda = SimpleNamespace(  # type: ignore[attr-defined]
         is_initialized=lambda: initialized,
+        is_available=lambda: available,
         memory_reserved=lambda: 5 * MIB,
         get_device_properties=lambda index: SimpleNamespace(total_memory=100 * MIB),
         set_per_process_memory_fraction=lambda fraction, index: fractions.append((fraction, index)),
@@ -256,11 +263,14 @@ def fake_torch(initialized: bool = True) -> ModuleType:
 def test_torch_is_held_to_the_limit_and_asked_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     order = LoadOrder(model="a@1", entry="a:A", code_path=".", device="cuda:0", limit_bytes=25 * MIB)
-    loop._limit_cuda(order)
+    assert not loop._limit_cuda(order)
     assert memory.cuda_bytes() is None
-    torch = fake_torch()
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    loop._limit_cuda(order)
+    # A torch for CPUs beside an onnxruntime for GPUs: it is no reason to fail.
+    monkeypatch.setitem(sys.modules, "torch", torch := fake_torch(available=False))
+    assert not loop._limit_cuda(order)
+    assert torch.fractions == []
+    monkeypatch.setitem(sys.modules, "torch", torch := fake_torch())
+    assert loop._limit_cuda(order)
     assert torch.fractions == [(0.25, 0)]
     assert memory.cuda_bytes() == 5 * MIB
     monkeypatch.setitem(sys.modules, "torch", fake_torch(initialized=False))
@@ -278,13 +288,47 @@ class AcceleratorError(RuntimeError):
     __module__ = "torch"
 
 
+class RuntimeException(Exception):
+    __module__ = "onnxruntime.capi.onnxruntime_pybind11_state"
+
+
+class CUDARuntimeError(RuntimeError):
+    __module__ = "cupy_backends.cuda.api.runtime"
+
+
+class JaxRuntimeError(RuntimeError):
+    __module__ = "jaxlib._jax"
+
+
+ORT = "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Conv node."
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
         (OutOfMemoryError("tried to allocate"), FailureKind.OUT_OF_MEMORY),
         (RuntimeError("CUDA out of memory. Tried"), FailureKind.OUT_OF_MEMORY),
         (RuntimeError("CUDA error: out of memory"), FailureKind.OUT_OF_MEMORY),
+        (AcceleratorError("CUDA error: out of memory"), FailureKind.OUT_OF_MEMORY),
+        (
+            RuntimeException(f"{ORT} BFCArena: Failed to allocate memory for requested buffer of size 9"),
+            FailureKind.OUT_OF_MEMORY,
+        ),
+        (RuntimeException(f"{ORT} CUDA failure 2: out of memory ; GPU=0"), FailureKind.OUT_OF_MEMORY),
+        (RuntimeException(f"{ORT} CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED"), FailureKind.OUT_OF_MEMORY),
+        (
+            JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"),
+            FailureKind.OUT_OF_MEMORY,
+        ),
         (AcceleratorError("an illegal access"), FailureKind.DEVICE),
+        (AcceleratorError("CUDA error: an illegal memory access was encountered"), FailureKind.DEVICE),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), FailureKind.DEVICE),
+        (RuntimeException(f"{ORT} CUDA failure 700: an illegal memory access was encountered"), FailureKind.DEVICE),
+        (CUDARuntimeError("cudaErrorIllegalAddress: an illegal memory access"), FailureKind.DEVICE),
+        (JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access"), FailureKind.DEVICE),
+        (AcceleratorError("CUDA error: invalid device ordinal"), None),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), None),
+        (RuntimeException("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Got invalid dimensions"), None),
         (RuntimeError("CUDA error: device-side assert triggered"), FailureKind.DEVICE),
         (RuntimeError("shapes do not match"), None),
         (ValueError("CUDA error: says the user's input"), None),

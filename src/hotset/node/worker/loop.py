@@ -112,7 +112,7 @@ class Worker:
         assert runtime is not None
         begin_s = perf_counter()
         try:
-            _limit_cuda(order)
+            limited = _limit_cuda(order)
             before_bytes = private_bytes()
             try:
                 with fast_load() if order.fast else contextlib.nullcontext():
@@ -122,6 +122,8 @@ class Worker:
                 runtime = _runtime(order)
                 trim_heap()
                 runtime.load()
+            if not limited:
+                _limit_cuda(order)  # its load imported torch: from here on, at least
         except Exception as error:  # noqa: BLE001 - whatever a user's load raises is reported, with its traceback in the log
             traceback.print_exc()
             return load_failure(error)
@@ -132,7 +134,7 @@ class Worker:
                 # What a command takes of a CUDA device only the driver can say, which the node asks.
                 memory_bytes = 0 if order.device.startswith("cuda") else children_bytes()
             else:
-                memory_bytes = cuda_bytes() or measure(runtime.instance, growth_bytes)
+                memory_bytes = cuda_bytes(emptied=True) or measure(runtime.instance, growth_bytes)
             if memory_bytes > order.limit_bytes:
                 return Failed(
                     kind=FailureKind.OUT_OF_MEMORY,
@@ -263,13 +265,17 @@ def _raise_device_error(error: Exception) -> None:
         raise FatalError(Failed(kind=kind, reason=describe(error)), Exit.DEVICE_FAILED)
 
 
-def _limit_cuda(order: LoadOrder) -> None:
-    """Make torch refuse what is over the model's limit: a greedy model fails alone, its neighbours do not."""
+def _limit_cuda(order: LoadOrder) -> bool:
+    """Make torch refuse what is over the model's limit: a greedy model fails alone, its neighbours do not. False: there
+    is no torch, or it cannot use the device, which is then for another framework."""
     torch = sys.modules.get("torch")
     if torch is None or order.limit_bytes is None or not order.device.startswith("cuda"):
-        return
+        return False
+    if not torch.cuda.is_available():
+        return False
     total_bytes = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, order.limit_bytes / total_bytes), 0)
+    return True
 
 
 def _mib(size_bytes: int) -> str:

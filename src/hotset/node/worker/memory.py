@@ -90,8 +90,13 @@ def found_bytes(root: object) -> tuple[int, int]:
     found = reachable(root)
     storages: dict[int, int] = {}
     for tensor in found.tensors:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        if tensor.is_meta:
+            continue
+        try:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        except (NotImplementedError, RuntimeError):  # sparse ones, and others that have no memory of that kind
+            storages[-id(tensor)] = tensor.numel() * tensor.element_size()
     buffers = {array.__array_interface__["data"][0]: array.nbytes for array in found.arrays}
     return sum(storages.values()), sum(buffers.values())
 

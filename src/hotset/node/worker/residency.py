@@ -2,8 +2,8 @@
 
 ``offload`` copies every tensor's storage into one slab of host memory and leaves each tensor empty; ``restore`` puts
 the very same bytes back into the very same tensor objects. So whoever holds a tensor, tied weights, views of one
-storage and modules that were compiled eagerly keep working, and the function's ``load`` is not called again. (CUDA
-graphs remember addresses: a function that captured one needs hooks of its own.)
+storage and modules that were compiled eagerly keep working, and the function's ``load`` is not called again. CUDA
+graphs remember addresses: a process that captured one is not parked unless its function has hooks of its own.
 
 A function may define ``offload(self)`` and ``restore(self, device)``; they are called instead.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import mmap
 import sys
 from collections.abc import Iterator, Sequence
@@ -44,17 +45,21 @@ class Weights:
         self._storages: dict[int, _Stored] = {}
         self.size_bytes = 0
         for tensor in tensors:
-            storage = tensor.untyped_storage()
-            size = storage.nbytes()
-            if not size:
-                continue
             if tensor.layout is not torch.strided or type(tensor) not in _plain_types():
                 raise CannotPark(f"a tensor of type {type(tensor).__name__} cannot be copied as plain memory")
-            key = storage.data_ptr()
+            if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+                raise CannotPark("a quantised, conjugated or negated tensor is more than its memory")
+            storage = tensor.untyped_storage()
+            key, size = storage.data_ptr(), storage.nbytes()
+            if not size:
+                continue
             if key not in self._storages:
                 self._storages[key] = _Stored(self.size_bytes, size)
                 self.size_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
-            self._bound.append(_Bound(tensor, key, tensor.storage_offset(), tensor.size(), tensor.stride()))
+            elif self._storages[key].size_bytes != size:
+                raise CannotPark("two tensors take the same memory for storages of different sizes")
+            view = _Bound(tensor, key, tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.is_inference())
+            self._bound.append(view)
 
     def leave(self, slab: Any, copying: contextlib.AbstractContextManager[None]) -> None:
         """Copy all storages to ``slab`` (uint8, ``size_bytes`` long) and let go of them.
@@ -88,8 +93,10 @@ class Weights:
                     flats[key].copy_(slab[stored.span], True)
             for bound in self._bound:
                 tensor, storage = bound.tensor, flats[bound.key].untyped_storage()
-                whole = torch.empty(0, dtype=tensor.dtype, device=device)
-                tensor.data = whole.set_(storage, bound.offset, bound.size, bound.stride)
+                # What predict made in inference mode may only be changed in place there if it stays what it is.
+                with torch.inference_mode(bound.inference):
+                    whole = torch.empty(0, dtype=tensor.dtype, device=device)
+                    tensor.data = whole.set_(storage, bound.offset, bound.size, bound.stride)
 
 
 class _Stored(msgspec.Struct, frozen=True):
@@ -112,6 +119,7 @@ class _Bound(msgspec.Struct, frozen=True):
     """In elements, as ``size`` and ``stride``."""
     size: Any
     stride: Any
+    inference: bool
 
 
 def _plain_types() -> tuple[type, ...]:
@@ -141,6 +149,7 @@ class Slab:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         if self._runtime is not None and int(self._runtime.cudaHostRegister(self._address, size_bytes, 0)):
             self._runtime = None
+            _forget_last_error()
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
 
     @property
@@ -153,6 +162,12 @@ class Slab:
             self._runtime.cudaHostUnregister(self._address)
         del self.tensor
         self._map.close()
+
+
+def _forget_last_error() -> None:
+    """What the CUDA runtime refused, it tells the next kernel's caller too, once: a small one takes the blame here."""
+    with contextlib.suppress(RuntimeError):
+        sys.modules["torch"].ones(1, device="cuda").add_(1)
 
 
 class Residency:
@@ -203,11 +218,23 @@ class Residency:
         tensors = [tensor for tensor in reachable(self._instance).tensors if tensor.is_cuda]
         if not tensors:
             raise CannotPark("it holds no torch tensors on the GPU: give its class offload and restore methods")
+        if _has_graphs():
+            raise CannotPark(
+                "its CUDA graphs remember where the weights are: give its class offload and restore methods"
+            )
         weights = Weights(tensors)
+        if not weights.size_bytes:
+            raise CannotPark("its tensors on the GPU are empty: give its class offload and restore methods")
         slab = Slab(weights.size_bytes, pinned=True)
         weights.leave(slab.tensor, copying())
         self._parked = weights, slab
         return weights.size_bytes
+
+
+def _has_graphs() -> bool:
+    """Whether a CUDA graph was captured and is kept, by the function or by ``torch.compile``. They hide in closures."""
+    graph = sys.modules["torch"].cuda.CUDAGraph
+    return any(issubclass(type(each), graph) for each in gc.get_objects())
 
 
 @contextlib.contextmanager
