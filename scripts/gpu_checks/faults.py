@@ -7,6 +7,7 @@ from time import monotonic
 
 import psutil  # type: ignore[import-untyped]
 
+from gpu_checks.memory import first_handle
 from gpu_checks.record import Findings, Unavailable
 from gpu_checks.setup import MIB, Driven, NodeFailure, Setup, zygote_ready
 from hotset.node.interface import LaunchSpec
@@ -93,8 +94,7 @@ async def zygote(setup: Setup, found: Findings) -> None:
         found.expect(answer["parent"] == zygote_pid, "the process was not forked by the zygote")
         found.expect(answer["value"] == 4.0, f"the fork answered {answer['value']}")
         if setup.nvml is not None:
-            handle = setup.nvml.ask("nvmlDeviceGetHandleByIndex", 0)
-            listed = setup.nvml.ask("nvmlDeviceGetComputeRunningProcesses", handle) or []
+            listed = setup.nvml.ask("nvmlDeviceGetComputeRunningProcesses", first_handle(setup.nvml)) or []
             found.expect(all(each.pid != zygote_pid for each in listed), "the zygote holds a CUDA context")
     found.figures |= {"fresh_load_s": fresh.load_s, "forked_load_s": forked.load_s}
     found.expect(forked.load_s < fresh.load_s, "a fork is no faster than a new interpreter")

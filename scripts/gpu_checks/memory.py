@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import sys
 from time import monotonic
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
 from gpu_checks.record import Findings, Unavailable
 from gpu_checks.setup import MIB, POOL_SIZE, Setup
-from hotset.node.devices.cuda import Nvml, cuda_devices
+from hotset.node.devices.cuda import Nvml, cuda_devices, visible_gpus
 from hotset.node.host_memory import host_memory
 from hotset.node.zygote import ZygoteSource
 
@@ -22,10 +23,17 @@ SETTLED_WITHIN_S = 5.0
 SWAPS = 20
 
 
+def first_handle(nvml: Nvml) -> Any:
+    """NVML's handle of the GPU that the checks use, the first that the node would use."""
+    gpus = visible_gpus(nvml)
+    if not gpus:
+        raise Unavailable("NVML shows no GPU, or none that CUDA_VISIBLE_DEVICES names")
+    return gpus[0].handle
+
+
 def used_mib(nvml: Nvml) -> float:
     """Memory in use on the first GPU, by anybody."""
-    handle = nvml.ask("nvmlDeviceGetHandleByIndex", 0)
-    memory = nvml.ask("nvmlDeviceGetMemoryInfo", handle)
+    memory = nvml.ask("nvmlDeviceGetMemoryInfo", first_handle(nvml))
     if memory is None:
         raise Unavailable("NVML does not say how much memory the GPU has")
     return float(memory.used) / MIB
@@ -55,7 +63,7 @@ async def device(setup: Setup, found: Findings) -> None:
         spec = setup.probe()
         await node.load(spec)
         seen = await node.ask(spec, "device")
-    memory = nvml.ask("nvmlDeviceGetMemoryInfo", nvml.ask("nvmlDeviceGetHandleByIndex", 0))
+    memory = nvml.ask("nvmlDeviceGetMemoryInfo", first_handle(nvml))
     found.figures |= {"torch": seen["torch"], "cuda": seen["cuda"], "capability": seen["capability"]}
     found.figures |= {"nvml_total_mib": memory.total / MIB, "torch_total_mib": seen["total_bytes"] / MIB}
     found.expect(seen["name"] == first.gpu.kind, f"torch calls the GPU {seen['name']}, NVML {first.gpu.kind}")
@@ -81,8 +89,7 @@ async def figures(setup: Setup, found: Findings) -> None:
         grown_mib = used_mib(setup.nvml) - before_mib
         seen = await node.ask(spec, "device")
         reserved_mib = seen["reserved_bytes"] / MIB
-        handle = setup.nvml.ask("nvmlDeviceGetHandleByIndex", 0)
-        listed = setup.nvml.ask("nvmlDeviceGetComputeRunningProcesses", handle) or []
+        listed = setup.nvml.ask("nvmlDeviceGetComputeRunningProcesses", first_handle(setup.nvml)) or []
         by_nvml = [each.usedGpuMemory for each in listed if each.pid == report.pid and each.usedGpuMemory is not None]
     found.figures |= {
         "torch_allocated_mib": seen["allocated_bytes"] / MIB,

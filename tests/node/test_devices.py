@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +12,12 @@ import pytest
 from recording import MIB, STUB, Recorder, ask, launch, story
 
 from hotset.errors import NodeError
+from hotset.node import lane as lane_module
 from hotset.node.devices.cuda import RESERVE_BYTES, Nvml, cuda_devices
 from hotset.node.devices.device import Device
 from hotset.node.devices.virtual import virtual_devices
 from hotset.node.frames import Failed, Kind, control
+from hotset.node.lane import MOST_CONTEXT_BYTES
 from hotset.node.manager import LocalNode
 from hotset.node.spawner import Spawner
 from hotset.node.utilisation import BusyMeter
@@ -34,6 +38,9 @@ class FakeNvml:
         self.broken = False
         self.shut_down = 0
         self.processes: list[Any] = []
+        self.free = 78 * GIB
+        self.mig: dict[int, int] = {}
+        """How many instances the GPUs in MIG mode have."""
 
     def nvmlInit(self) -> None:
         if self.broken:
@@ -54,13 +61,26 @@ class FakeNvml:
     def nvmlDeviceGetMemoryInfo(self, handle: int | None) -> Any:
         if handle is None or self.broken:
             raise self.NVMLError("GPU is lost")
-        return SimpleNamespace(total=80 * GIB, free=78 * GIB)
+        return SimpleNamespace(total=80 * GIB, free=self.free)
 
     def nvmlDeviceGetName(self, handle: int) -> bytes:
         return b"NVIDIA Model T"
 
-    def nvmlDeviceGetUUID(self, handle: int) -> str:
-        return "GPU-1234"
+    def nvmlDeviceGetUUID(self, handle: int | tuple[int, int]) -> str:
+        return f"GPU-{handle}234" if isinstance(handle, int) else f"MIG-{handle[0]}-{handle[1]}"
+
+    def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:
+        if handle not in self.mig:
+            raise self.NVMLError("Not Supported")
+        return [1, 1]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: int) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: int, number: int) -> tuple[int, int]:
+        if number >= self.mig[handle]:
+            raise self.NVMLError("Not Found")
+        return handle, number
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:
         return self.processes
@@ -79,7 +99,7 @@ def test_cuda_devices_are_what_nvml_shows() -> None:
     assert as_device.gpu.memory_bytes == 78 * GIB - RESERVE_BYTES
     assert as_device.gpu.kind == "NVIDIA Model T"
     assert as_device.device_name == "cuda:0"
-    assert as_device.environment()["CUDA_VISIBLE_DEVICES"] == "GPU-1234"
+    assert as_device.environment()["CUDA_VISIBLE_DEVICES"] == "GPU-0234"
     library.processes = [SimpleNamespace(pid=1, usedGpuMemory=None), SimpleNamespace(pid=2, usedGpuMemory=5)]
     assert [as_device.process_bytes(pid) for pid in (1, 2, 3)] == [None, 5, None]
     assert as_device.utilisation() == 0.4
@@ -96,9 +116,52 @@ def test_the_memory_of_a_cuda_device_can_be_set() -> None:
     assert device.gpu.memory_bytes == 10 * GIB
 
 
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, ["cuda:0", "cuda:2", "cuda:3/mig:0", "cuda:3/mig:1"]),
+        ("2", ["cuda:2"]),
+        ("2, 0", ["cuda:2", "cuda:0"]),
+        ("GPU-2", ["cuda:2"]),
+        ("0,9,2", ["cuda:0"]),  # CUDA stops at the first that is not there
+        ("0,0", ["cuda:0"]),
+        ("MIG-3-1,GPU-0234", ["cuda:3/mig:1", "cuda:0"]),
+        ("3", ["cuda:3/mig:0", "cuda:3/mig:1"]),
+    ],
+)
+def test_a_node_keeps_to_the_gpus_it_was_given(
+    visible: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = FakeNvml(count=4)  # the second is lost
+    library.mig = {3: 2}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    devices = cuda_devices(Nvml(library))
+    assert [device.gpu.gpu_id for device in devices] == [f"local/{name}" for name in names]
+    seen = [device.environment()["CUDA_VISIBLE_DEVICES"] for device in devices]
+    assert len(set(seen)) == len(seen)
+    assert all(uuid.startswith("MIG-3") == ("mig" in name) for uuid, name in zip(seen, names, strict=True))
+
+
+@pytest.mark.parametrize("visible", ["", "-1", "7", "GPU-x", "none"])
+def test_a_node_that_was_given_no_gpu_says_so(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(NodeError, match="CUDA_VISIBLE_DEVICES"):
+        cuda_devices(Nvml(FakeNvml()))
+
+
+def test_frameworks_that_take_a_whole_gpu_are_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    (device,) = cuda_devices(Nvml(FakeNvml()))
+    assert device.environment()["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
+    assert "XLA_PYTHON_CLIENT_PREALLOCATE" not in device.environment()
+    assert device.environment()["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+
+
 def test_no_driver_and_no_gpu_are_errors_that_say_what_to_do() -> None:
     library = FakeNvml(count=0)
-    with pytest.raises(NodeError, match="check nvidia-smi, or start with --virtual-gpus"):
+    with pytest.raises(NodeError, match="check nvidia-smi and CUDA_VISIBLE_DEVICES, or start with --virtual-gpus"):
         cuda_devices(Nvml(library))
     library.broken = True
     with pytest.raises(NodeError, match=r"\(Driver Not Loaded\): install the NVIDIA driver"):
@@ -162,4 +225,76 @@ async def test_a_node_of_cuda_gpus_believes_nvml_and_reports_a_lost_gpu(recorder
         node.load(gpu, launch("Fine"))
     finally:
         await node.stop()
+    assert recorder.told == []
+
+
+@story
+async def test_where_nvml_lists_no_processes_a_load_is_measured_by_what_the_device_lost(recorder: Recorder) -> None:
+    """In a container NVML tells the host's process ids. The stub says that its model takes nothing."""
+    library = FakeNvml()
+    gpu = "local/cuda:0"
+    node = LocalNode(cuda=True, nvml=Nvml(library), source=Spawner(STUB))
+    await node.start(recorder)
+    lane = node._lanes[gpu]
+    try:
+        for name, lost_bytes, counted_bytes in (("A", 300 * MIB, 300 * MIB), ("B", 9 * GIB, MOST_CONTEXT_BYTES)):
+            node.load(gpu, launch(name))
+            library.free -= lost_bytes
+            told = await recorder.hears("loaded")
+            assert told.memory_bytes == counted_bytes  # more than a context is somebody else's
+        assert [report.device_bytes for report in node.processes()] == [300 * MIB, MOST_CONTEXT_BYTES]
+        # The driver's figure counts where there is one, unless the process itself knows better.
+        a, _ = lane.processes.values()
+        library.processes = [SimpleNamespace(pid=a.pid, usedGpuMemory=5)]
+        assert lane._taken_bytes(a, 3) == 5
+        assert lane._taken_bytes(a, 7) == 7
+    finally:
+        await node.stop()
+
+
+@story
+async def test_a_load_waits_for_memory_that_the_driver_has_not_given_back_yet(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = FakeNvml()
+    gpu = "local/cuda:0"
+    node = LocalNode(cuda=True, nvml=Nvml(library), source=Spawner(STUB))
+    await node.start(recorder)
+    lane = node._lanes[gpu]
+    try:
+        node.load(gpu, launch("A"))
+        await recorder.hears("loaded")
+        library.free = GIB  # A's process is gone, its memory not yet
+        node.unload(gpu, "A@1")
+        node.load(gpu, launch("B", memory_bytes=2 * GIB))
+        async with asyncio.timeout(20):
+            while lane.processes or not isinstance(lane._turns.copying, lane_module.LoadOperation):
+                await asyncio.sleep(0.005)
+        assert recorder.told == []
+        library.free = 3 * GIB
+        assert (await recorder.hears("loaded")).model == "B@1"
+
+        # Not for ever: what others keep is not waited for, and the load is tried.
+        monkeypatch.setattr(lane_module, "COMES_BACK_WITHIN_S", 0.0)
+        library.free = GIB
+        node.unload(gpu, "B@1")
+        node.load(gpu, launch("C", memory_bytes=2 * GIB))
+        assert (await recorder.hears("loaded")).model == "C@1"
+    finally:
+        await node.stop()
+
+
+@story
+async def test_a_node_stops_while_a_load_waits_for_memory(recorder: Recorder) -> None:
+    library = FakeNvml()
+    gpu = "local/cuda:0"
+    node = LocalNode(cuda=True, nvml=Nvml(library), source=Spawner(STUB))
+    await node.start(recorder)
+    lane = node._lanes[gpu]
+    lane._left_s = monotonic()
+    library.free = 0
+    node.load(gpu, launch("A"))
+    await node.stop()
+    await asyncio.sleep(2 * lane_module._LOOK_AGAIN_S)
+    assert not lane.processes
     assert recorder.told == []

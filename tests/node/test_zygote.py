@@ -62,6 +62,7 @@ async def test_a_process_from_the_pool_has_the_imports_and_its_own_environment(r
         assert await questions.ask("env:GREETING") == "hi"
         # An import that asks for a GPU must not spoil CUDA for the forks.
         assert await questions.ask("env:PYTORCH_NVML_BASED_CUDA_CHECK") == "1"
+        assert await questions.ask("env:CUDA_VISIBLE_DEVICES") == ""
         assert int(await questions.ask("parent")) != os.getpid()
         assert recorder.whats[0] == "loaded"
 

@@ -54,6 +54,9 @@ class FakeNvml:
         used = int(used_mib * MIB)
         return SimpleNamespace(total=TOTAL_MIB * MIB, used=used, free=TOTAL_MIB * MIB - used)
 
+    def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:
+        raise self.NVMLError("Not Supported")
+
     def nvmlDeviceGetName(self, handle: int) -> str:
         return "NVIDIA Model T"
 

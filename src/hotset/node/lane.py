@@ -22,6 +22,12 @@ from hotset.node.spawner import ProcessSource
 from hotset.node.utilisation import BusyMeter
 from hotset.vocabulary import FailureKind
 
+MOST_CONTEXT_BYTES = 1 << 30
+"""A CUDA context with its kernels takes a few hundred MiB; what a GPU lost beyond that is somebody else's."""
+COMES_BACK_WITHIN_S = 2.0
+"""The driver may give a dead process's memory back a moment after the process is reaped."""
+_LOOK_AGAIN_S = 0.02
+
 
 class LoadOperation(Operation):
     spec: LaunchSpec
@@ -95,6 +101,10 @@ class Lane:
         """Processes that were loaded and have not run."""
         self._alive: set[ModelProcess] = set()
         self._cancelled: set[int] = set()
+        self._left_s = 0.0
+        """When the latest process was gone."""
+        self._free_before_bytes: int | None = None
+        """Of the device, when the current load began."""
         self._over = False
         """Lost or stopped: nothing is taken and nothing reported any more."""
         self._emptied: asyncio.Future[None] | None = None
@@ -171,13 +181,18 @@ class Lane:
                     process.cancel(call.request_id)
 
     def _begin_load(self, operation: LoadOperation) -> None:
+        if self._over:
+            return
         spec = operation.spec
         if spec.model in self.processes:
             reason = f"{spec.model} is on {self.gpu_id} already"
             self._loop.call_soon(self._load_refused, operation, FailureKind.ERROR, reason, None)
             return
-        free_bytes = self._free_bytes()
         known_bytes = self._history.memory_bytes(spec.model)
+        if self._comes_back(known_bytes or spec.memory_bytes):
+            self._loop.call_later(_LOOK_AGAIN_S, self._begin_load, operation)
+            return
+        free_bytes = self._free_bytes()
         if known_bytes is not None and known_bytes > free_bytes:
             reason = f"takes {format_bytes(known_bytes)}, but its GPU has {format_bytes(free_bytes)} free"
             self._loop.call_soon(self._load_refused, operation, FailureKind.OUT_OF_MEMORY, reason, known_bytes)
@@ -188,6 +203,7 @@ class Lane:
                 process.end()
             process = self._new_process(spec)
         self.processes[spec.model] = self._copying = process
+        self._free_before_bytes = self.device.free_bytes()
         process.load(free_bytes)
 
     def _prepare(self) -> None:
@@ -212,9 +228,30 @@ class Lane:
 
     def _free_bytes(self) -> int:
         """Device memory for one more model: what is left of the budget, or of the device if others use it too."""
-        free_bytes = max(0, self.device.gpu.memory_bytes - sum(other.memory_bytes for other in self._alive))
-        on_device_bytes = self.device.free_bytes()
+        free_bytes, on_device_bytes = self._booked_free_bytes(), self.device.free_bytes()
         return free_bytes if on_device_bytes is None else min(free_bytes, on_device_bytes)
+
+    def _booked_free_bytes(self) -> int:
+        return max(0, self.device.gpu.memory_bytes - sum(other.memory_bytes for other in self._alive))
+
+    def _comes_back(self, wanted_bytes: int) -> bool:
+        """So much is free by the books but not on the device yet, and a process has just left."""
+        if monotonic() - self._left_s > COMES_BACK_WITHIN_S:
+            return False
+        on_device_bytes = self.device.free_bytes()
+        return on_device_bytes is not None and on_device_bytes < wanted_bytes <= self._booked_free_bytes()
+
+    def _taken_bytes(self, process: ModelProcess, said_bytes: int) -> int:
+        """Device memory a process takes: the driver's figure; else its own, and what its context took besides."""
+        seen_bytes = self.device.process_bytes(process.pid)
+        return said_bytes + process.context_bytes if seen_bytes is None else max(seen_bytes, said_bytes)
+
+    def _context_bytes(self, said_bytes: int) -> int:
+        """What the device has lost since the load began, beyond what the model says it takes."""
+        now_bytes = self.device.free_bytes()
+        if self._free_before_bytes is None or now_bytes is None:
+            return 0
+        return min(max(0, self._free_before_bytes - now_bytes - said_bytes), MOST_CONTEXT_BYTES)
 
     def _begin_unload(self, operation: UnloadOperation) -> None:
         operation.begin_s = monotonic()
@@ -237,11 +274,17 @@ class Lane:
             process.end(_untimely(operation.model, "offload", process))
 
     def _begin_restore(self, operation: RestoreOperation) -> None:
-        operation.begin_s = monotonic()
+        if self._over:
+            return
+        operation.begin_s = operation.begin_s or monotonic()
         process = self.processes.get(operation.model)
         if process is None:
             reason = f"{operation.model} has no process on {self.gpu_id}"
             self._loop.call_soon(self._load_refused, operation, FailureKind.CRASH, reason, None)
+            return
+        known_bytes = self._history.memory_bytes(operation.model) or process.spec.memory_bytes
+        if self._comes_back(max(0, known_bytes - process.memory_bytes)):
+            self._loop.call_later(_LOOK_AGAIN_S, self._begin_restore, operation)
             return
         self._copying = process
         if process.state is ProcessState.PARKED:
@@ -285,10 +328,10 @@ class Lane:
     def process_loaded(self, process: ModelProcess, memory_bytes: int) -> None:
         model = process.spec.model
         self.spawn_failed = False
-        memory_bytes = self.device.process_bytes(process.pid) or memory_bytes
-        if not memory_bytes and process.spec.entry == PROCESS_ENTRY:
+        if not memory_bytes and process.spec.entry == PROCESS_ENTRY and self.device.process_bytes(process.pid) is None:
             memory_bytes = process.spec.memory_bytes  # a command cannot be looked into: what it declared counts
-        process.memory_bytes = memory_bytes
+        process.context_bytes = self._context_bytes(memory_bytes)
+        process.memory_bytes = memory_bytes = self._taken_bytes(process, memory_bytes)
         load_s = monotonic() - process.load_began_s
         self._fresh.add(process)
         self._read_ahead.loaded(model, process.spec.code_path, process.pid)
@@ -306,8 +349,7 @@ class Lane:
 
     def _offloaded(self, process: ModelProcess, operation: OffloadOperation, moved: Moved) -> None:
         offload_s = monotonic() - operation.begin_s
-        left_bytes = self.device.process_bytes(process.pid)
-        process.memory_bytes = moved.device_bytes if left_bytes is None else left_bytes
+        process.memory_bytes = self._taken_bytes(process, moved.device_bytes)
         self._history.took(operation.model, Transition.OFFLOAD, offload_s)
         self._copied()
         self._listener.offloaded(self.gpu_id, operation.model, offload_s, process.memory_bytes, moved.host_bytes)
@@ -315,7 +357,7 @@ class Lane:
 
     def _restored(self, process: ModelProcess, operation: RestoreOperation, moved: Moved) -> None:
         restore_s = monotonic() - operation.begin_s
-        process.memory_bytes = self.device.process_bytes(process.pid) or moved.device_bytes
+        process.memory_bytes = self._taken_bytes(process, moved.device_bytes)
         self._history.measured(operation.model, process.memory_bytes)
         self._history.took(operation.model, Transition.RESTORE, restore_s)
         self._copied()
@@ -342,6 +384,7 @@ class Lane:
     def process_ended(self, process: ModelProcess, ending: Ending) -> None:
         self._alive.discard(process)
         self._fresh.discard(process)
+        self._left_s = monotonic()
         if self._emptied is not None and not self._alive:
             self._emptied.set_result(None)
         if self._over:

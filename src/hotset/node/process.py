@@ -91,6 +91,8 @@ class ModelProcess:
         """Its load succeeded, some time."""
         self.memory_bytes = 0
         """GPU memory as measured: after the load, an offload, a restore."""
+        self.context_bytes = 0
+        """Of that, what no framework in it knows of."""
         self.report: Loaded | None = None
         """What it said of its load."""
         self.load_began_s = 0.0

@@ -43,6 +43,14 @@ asks for ``torch.cuda.is_available()`` when it is imported would start CUDA's ru
 (PyTorch's CUDA notes, "poison fork")."""
 
 
+def _environment() -> dict[str, str]:
+    """A zygote's. Its forks are told which GPU is theirs; it is told of none, because where a MIG instance is named
+    PyTorch asks CUDA after all."""
+    environment = child_environment(_FORKABLE)
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    return environment
+
+
 class _Child(msgspec.Struct, frozen=True):
     """A fork of the zygote's, as a ``ProcessHandle``."""
 
@@ -79,7 +87,7 @@ class _Zygote:
                     *(python, "-P", "-m", "hotset.node.worker.zygote", "--socket", str(theirs.fileno())),
                     *("--parent", str(os.getpid()), "--modules", ",".join(modules)),
                 ],
-                env=child_environment(_FORKABLE),
+                env=_environment(),
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 process_group=0,

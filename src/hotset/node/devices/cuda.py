@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import msgspec
 
 from hotset.errors import NodeError
 from hotset.vocabulary import Gpu
 
 RESERVE_BYTES = 512 * 1024 * 1024
 """Left free on each GPU for contexts and for what allocators round up."""
+_AS_NEEDED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+"""JAX takes three quarters of a GPU at its first operation, TensorFlow all of it, unless they are told not to."""
 
 
 class Nvml:
@@ -69,10 +73,13 @@ class CudaDevice:
         self._uuid = uuid
 
     def environment(self) -> Mapping[str, str]:
-        return {"CUDA_VISIBLE_DEVICES": self._uuid, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        """By UUID: an index means another GPU to NVML than to CUDA, which counts the fastest first."""
+        as_needed = {name: value for name, value in _AS_NEEDED.items() if name not in os.environ}
+        return {"CUDA_VISIBLE_DEVICES": self._uuid, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", **as_needed}
 
     def process_bytes(self, pid: int) -> int | None:
-        """From NVML, with what it started; None when none of them is listed (another PID namespace, an old driver)."""
+        """From NVML, with what it started; None when none of them is listed: in a container, where NVML goes on telling
+        the host's process ids, and with drivers that do not count by process."""
         processes = self._nvml.ask("nvmlDeviceGetComputeRunningProcesses", self._handle)
         used = [
             int(each.usedGpuMemory)
@@ -97,26 +104,77 @@ class CudaDevice:
 
 
 def cuda_devices(nvml: Nvml | None = None, *, node: str = "local", memory_bytes: int | None = None) -> list[CudaDevice]:
-    """Every GPU the driver shows, named ``node/cuda:0`` and on.
+    """Every GPU the driver shows, named ``node/cuda:0`` and on, or those that ``CUDA_VISIBLE_DEVICES`` names.
 
-    Models may use ``memory_bytes`` of each, or what is free at this moment less ``RESERVE_BYTES``. Raises ``NodeError``
-    when there is no GPU.
+    A GPU in MIG mode is its instances (``node/cuda:0/mig:1``). Models may use ``memory_bytes`` of each, or what is free
+    at this moment less ``RESERVE_BYTES``. Raises ``NodeError`` when there is no GPU.
     """
     nvml = nvml or Nvml()
     devices = []
-    for index in range(nvml.ask("nvmlDeviceGetCount") or 0):
-        handle = nvml.ask("nvmlDeviceGetHandleByIndex", index)
-        memory = nvml.ask("nvmlDeviceGetMemoryInfo", handle)
-        if handle is None or memory is None:
+    for found in visible_gpus(nvml):
+        memory = nvml.ask("nvmlDeviceGetMemoryInfo", found.handle)
+        if memory is None:
             continue
-        name = nvml.ask("nvmlDeviceGetName", handle)
-        uuid = nvml.ask("nvmlDeviceGetUUID", handle)
+        kind = _text(nvml.ask("nvmlDeviceGetName", found.handle), "cuda")
         usable = memory.free - RESERVE_BYTES if memory_bytes is None else min(memory_bytes, memory.total)
-        gpu = Gpu(gpu_id=f"{node}/cuda:{index}", memory_bytes=max(0, usable), node=node, kind=_text(name, "cuda"))
-        devices.append(CudaDevice(nvml, handle, gpu, _text(uuid, str(index))))
+        gpu = Gpu(gpu_id=f"{node}/{found.name}", memory_bytes=max(0, usable), node=node, kind=kind)
+        devices.append(CudaDevice(nvml, found.handle, gpu, found.uuid))
     if not devices:
-        raise NodeError("the NVIDIA driver shows no usable GPU: check nvidia-smi, or start with --virtual-gpus")
+        raise NodeError(
+            "the NVIDIA driver shows no usable GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or start with"
+            " --virtual-gpus"
+        )
     return devices
+
+
+class NvmlGpu(msgspec.Struct, frozen=True):
+    """One GPU, or one MIG instance of it, as NVML lists them: in the order of their PCI addresses."""
+
+    name: str
+    index: int
+    handle: Any
+    uuid: str
+    gpu_uuid: str
+    """Of the GPU that an instance is a part of; else its own."""
+
+
+def _found(nvml: Nvml) -> Iterator[NvmlGpu]:
+    for index in range(nvml.ask("nvmlDeviceGetCount") or 0):
+        gpu = nvml.ask("nvmlDeviceGetHandleByIndex", index)
+        if gpu is None:
+            continue
+        name, uuid = f"cuda:{index}", _text(nvml.ask("nvmlDeviceGetUUID", gpu), str(index))
+        current_mode, _ = nvml.ask("nvmlDeviceGetMigMode", gpu) or (0, 0)
+        if not current_mode:
+            yield NvmlGpu(name, index, gpu, uuid, uuid)
+            continue
+        for number in range(nvml.ask("nvmlDeviceGetMaxMigDeviceCount", gpu) or 0):
+            instance = nvml.ask("nvmlDeviceGetMigDeviceHandleByIndex", gpu, number)
+            own_uuid = None if instance is None else nvml.ask("nvmlDeviceGetUUID", instance)
+            if own_uuid is not None:
+                yield NvmlGpu(f"{name}/mig:{number}", index, instance, _text(own_uuid, ""), uuid)
+
+
+def visible_gpus(nvml: Nvml) -> list[NvmlGpu]:
+    """What this process's ``CUDA_VISIBLE_DEVICES`` allows: indices, or beginnings of UUIDs, up to the first that names
+    nothing. An index counts as ``nvidia-smi`` does, whatever ``CUDA_DEVICE_ORDER`` says."""
+    found = list(_found(nvml))
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return found
+    chosen: dict[str, NvmlGpu] = {}
+    for name in map(str.strip, names.split(",")):
+        these = [each for each in found if _is_named(each, name)]
+        if not these:
+            break
+        chosen |= {each.uuid: each for each in these}
+    return list(chosen.values())
+
+
+def _is_named(found: NvmlGpu, name: str) -> bool:
+    if name.isdecimal():
+        return int(name) == found.index
+    return name.startswith(("GPU-", "MIG-")) and (found.uuid.startswith(name) or found.gpu_uuid.startswith(name))
 
 
 def _group(pid: int) -> int | None:
