@@ -78,6 +78,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     inference_s: float | None = None
     restore_s: float | None = None
     """From WARM to HOT."""
+    sizes_bytes: tuple[int, ...] = ()
+    """GPU memory that its newest loads took, oldest first."""
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +90,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     memory_bytes: int
-    """GPU memory while resident; declared at first, then replaced by what was measured."""
+    """GPU memory to keep free for a load; declared at first, then learned (``scheduling/profiles.py``, Footprint)."""
     max_batch: int = 1
     """Most requests that one run may join."""
     max_batch_wait_s: float = 0.0

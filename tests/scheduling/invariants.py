@@ -13,6 +13,7 @@ from hotset.vocabulary import Residency
 def check(scheduler: Scheduler, now_s: float) -> None:
     """Fail if anything the scheduler believes contradicts anything else."""
     check_memory(scheduler)
+    check_footprints(scheduler)
     check_pins(scheduler, now_s)
     check_bounds(scheduler.cluster)
     check_gpus(scheduler.cluster)
@@ -59,6 +60,18 @@ def check_memory(scheduler: Scheduler) -> None:
         assert all(resident.model in memory.parked for resident, memory in host.parked.items())
     parked = [name for gpu in scheduler.cluster.gpus.values() for name in gpu.memory.parked]
     assert sum(len(held) for held in scheduler.cache._parked_on.values()) == len(parked)
+
+
+def check_footprints(scheduler: Scheduler) -> None:
+    """What was measured is kept free; a margin neither exceeds what was learned nor the largest GPU."""
+    models, footprints = scheduler.cluster.models, scheduler.profiles.footprints
+    assert set(models) == set(footprints)
+    largest_bytes = max((gpu.memory.capacity_bytes for gpu in scheduler.cluster.gpus.values()), default=0)
+    for name, footprint in footprints.items():
+        if footprint.sizes_bytes:
+            margin_bytes = models[name].memory_bytes - max(footprint.sizes_bytes)
+            assert 0 <= margin_bytes <= footprint.need_bytes - max(footprint.sizes_bytes)
+            assert not margin_bytes or models[name].memory_bytes <= largest_bytes
 
 
 def check_pins(scheduler: Scheduler, now_s: float) -> None:

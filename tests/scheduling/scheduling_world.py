@@ -90,6 +90,7 @@ def model(
     retry: bool = True,
     min_copies: int = 0,
     max_copies: int | None = None,
+    sizes_bytes: tuple[int, ...] = (),
 ) -> Model:
     return Model(
         name=name,
@@ -99,7 +100,7 @@ def model(
         retry=retry,
         min_copies=min_copies,
         max_copies=max_copies,
-        profile=Profile(load_s=load_s, inference_s=inference_s),
+        profile=Profile(load_s=load_s, inference_s=inference_s, sizes_bytes=sizes_bytes),
     )
 
 

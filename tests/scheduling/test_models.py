@@ -17,6 +17,7 @@ def forgotten(world: World, name: str) -> bool:
         name not in scheduler.cluster.models
         and name not in scheduler.cluster.removed
         and name not in known
+        and name not in profiles.footprints
         and not scheduler.cache.holders(name)
     )
 

@@ -30,9 +30,7 @@ def overloaded(functions: int, times: float) -> Synthetic:
 
 def play(policy: str, eviction: str, workload: Synthetic, *, told_s: float | None, patience_s: float) -> RunMetrics:
     """``told_s``: the deadline that the scheduler knows of; ``patience_s``: within which an answer is good."""
-    hardware = Hardware(
-        gpus=make_gpus(PAPER_GPUS, PAPER_GPU_MEMORY_BYTES), costs=paper_costs(workload.functions, SEED)
-    )
+    hardware = Hardware(gpus=make_gpus(PAPER_GPUS, PAPER_GPU_MEMORY_BYTES), costs=paper_costs(workload.functions, SEED))
     engine = Engine(Scheduler(make_policy(policy), make_eviction(eviction)), hardware, deadline_s=told_s)
     engine.recorder.deadline_s = patience_s
     return engine.run(workload.arrivals(SEED))

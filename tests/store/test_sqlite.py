@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -59,6 +60,18 @@ def test_everything_survives_a_restart(tmp_path: Path) -> None:
     assert after.function("nobody") is None
     assert after.bundles() == [BUNDLE]
     assert after.profiles() == [profile]
+    after.close()
+
+
+def test_a_profile_of_before_sizes_were_kept_is_still_read(tmp_path: Path) -> None:
+    SqliteDatastore(tmp_path).close()
+    old = '{"model":"embed@1","gpu_kind":"t4","load_s":1.0,"loads":1,"runs":0,"memory_bytes":7}'
+    with closing(sqlite3.connect(tmp_path / "hotset.db")) as connection, connection:
+        connection.execute("INSERT INTO profiles VALUES ('embed', 'embed@1', 't4', ?)", (old,))
+    after = SqliteDatastore(tmp_path)
+    assert after.profiles() == [
+        ProfileRecord(model="embed@1", gpu_kind="t4", load_s=1.0, loads=1, memory_bytes=7, sizes_bytes=())
+    ]
     after.close()
 
 

@@ -57,12 +57,15 @@ def _row(function: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _memory(details: dict[str, Any]) -> str:
-    """Measured beside declared, as far as each is known."""
+    """Measured, with the margin for the next load, beside declared, as far as each is known."""
     if details["kind"] != "gpu":
         return "-"
     measured, declared = details["measured_memory_bytes"], details["gpu_memory_bytes"]
     said = f"declared {format_bytes(declared)}" if declared else "not declared"
-    return f"{format_bytes(measured)} ({said})" if measured else said
+    if not measured:
+        return said
+    margin = details["memory_margin_bytes"]
+    return f"{format_bytes(measured)}{f' + {format_bytes(margin)} margin' if margin else ''} ({said})"
 
 
 @click.command()

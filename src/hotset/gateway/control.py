@@ -404,8 +404,6 @@ class Control:
         learned = self._learned(gpu_id, model)
         if learned is not None:
             learned.loads += 1
-            if memory_bytes is not None:
-                learned.memory_bytes = max(memory_bytes, learned.memory_bytes or 0)
         self._handle(ModelLoaded(gpu_id, model, load_s, memory_bytes))
 
     def load_failed(

@@ -26,12 +26,11 @@ class VersionSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Learned(msgspec.Struct):
-    """How often a version was loaded, restored and run on one kind of GPU, and the most memory it took there."""
+    """How often a version was loaded, restored and run on one kind of GPU."""
 
     loads: int = 0
     restores: int = 0
     runs: int = 0
-    memory_bytes: int | None = None
 
 
 class Version:
@@ -60,6 +59,7 @@ class Version:
             load_s=profiles.load_s(self.model, kind),
             restore_s=profiles.restore_s(self.model, kind) if known.restores else None,
             inference_s=profiles.inference_s(self.model, kind),
+            sizes_bytes=profiles.footprints[self.model].sizes_bytes,
         )
 
 

@@ -93,6 +93,15 @@ def smallest_gpu_bytes(control: Control) -> int:
     return min((gpu.memory.capacity_bytes for gpu in control.scheduler.cluster.gpus.values()), default=0)
 
 
+def memory_margin(control: Control, model: str) -> int | None:
+    """Bytes kept free for the model's next load beside what the last one took; None: none was measured."""
+    cluster = control.scheduler.cluster
+    known = cluster.profiles.footprints.get(model)
+    if known is None or known.newest_bytes is None:
+        return None
+    return cluster.models[model].memory_bytes - known.newest_bytes
+
+
 def learned(control: Control) -> list[ProfileRecord]:
     """What was measured of every version in service since the start, for the datastore."""
     profiles = control.scheduler.profiles
@@ -100,6 +109,7 @@ def learned(control: Control) -> list[ProfileRecord]:
     for version in control.functions.current.values():
         scheduled = version.spec.scheduled
         declared = scheduled.profile if scheduled is not None else Profile()
+        sizes_bytes = profiles.footprints[version.model].sizes_bytes if scheduled is not None else ()
         for kind, known in version.learned.items():
             ran = known.runs > 0 or declared.inference_s is not None
             restored = known.restores > 0 or declared.restore_s is not None
@@ -113,7 +123,8 @@ def learned(control: Control) -> list[ProfileRecord]:
                     restores=known.restores,
                     inference_s=profiles.inference_s(version.model, kind) if ran else None,
                     runs=known.runs,
-                    memory_bytes=known.memory_bytes,
+                    memory_bytes=max(sizes_bytes, default=None),
+                    sizes_bytes=sizes_bytes,
                 )
             )
     return records

@@ -94,6 +94,8 @@ class FunctionState(msgspec.Struct, frozen=True, kw_only=True):
     """GPUs to which it can come back from host memory; a model that is in neither list is cold."""
     measured_memory_bytes: int | None
     """GPU memory as last measured."""
+    memory_margin_bytes: int | None
+    """Kept free beside that for its next load."""
     transitions: dict[Transition, Times]
     """How long its loads, restores, offloads and unloads took."""
     last_load: LoadParts | None
@@ -237,6 +239,7 @@ def state_of(control: Control, processes: list[ProcessReport] | None = None) -> 
                     hot=list(cache.holders(version.model)),
                     warm=list(cache.parked_on(version.model)),
                     measured_memory_bytes=history.memory_bytes if history else None,
+                    memory_margin_bytes=readings.memory_margin(control, version.model),
                     transitions=history.times if history else {},
                     last_load=history.last_load if history else None,
                 )
@@ -358,7 +361,7 @@ def _traced_model(cluster: Cluster, model: Model, kind: str) -> TracedModel:
     profiles = cluster.profiles
     one_s, two_s = (profiles.inference_s(model.name, kind, batch) for batch in (1, 2))
     return TracedModel(
-        memory_bytes=model.memory_bytes,
+        memory_bytes=profiles.footprints[model.name].newest_bytes or model.memory_bytes,
         load_s=profiles.load_s(model.name, kind),
         inference_s=one_s,
         max_batch=model.max_batch,

@@ -145,7 +145,7 @@ def version_spec(
 ) -> VersionSpec:
     """How a recorded version is launched and scheduled.
 
-    ``known``: measured on earlier runs; its memory is what the scheduler reserves, while what the function declares
+    ``known``: measured on earlier runs; its memory is what the scheduler goes by, while what the function declares
     stays what its process may take. ``undeclared_bytes``: both, for a function that declares nothing. ``env``: beside
     the function's own variables.
     """
@@ -181,6 +181,7 @@ def version_spec(
                 load_s=next((each.load_s for each in known if each.load_s is not None), None),
                 restore_s=next((each.restore_s for each in known if each.restore_s is not None), None),
                 inference_s=next((each.inference_s for each in known if each.inference_s is not None), None),
+                sizes_bytes=max((each.sizes_bytes for each in known), key=len, default=()),
             ),
         )
         if on_gpu

@@ -250,13 +250,34 @@ class Cluster:
 
     # What the Scheduler changes
 
-    def learn_memory(self, name: str, memory_bytes: int) -> bool:
-        """What a model was measured to take replaces what it was said to. Returns whether that is news."""
-        model = self.models.get(name)
-        if model is None or model.memory_bytes == memory_bytes:
-            return False
-        self.models[name] = msgspec.structs.replace(model, memory_bytes=memory_bytes)
-        return True
+    def add_model(self, model: Model) -> None:
+        """A model is new, or declared anew; what was measured of its memory counts for more than what is declared."""
+        self.models[model.name] = model
+        self.profiles.add(model)
+        self._size(model.name)
+
+    def learn_memory(self, name: str, memory_bytes: int, *, again: bool = False) -> bool:
+        """A model was measured to take this, ``again`` after a restore. Returns whether that is news."""
+        known = self.profiles.footprints[name]
+        if again:
+            known.observe_again(memory_bytes)
+        else:
+            known.observe(memory_bytes)
+        return self._size(name)
+
+    def _size(self, name: str) -> bool:
+        """Bring what is kept free for a model up to date. The margin ends where the largest GPU does: one that is
+        alone there crowds nobody, and what was seen to fit is not refused."""
+        model, known = self.models[name], self.profiles.footprints[name]
+        largest_bytes = max((gpu.memory.capacity_bytes for gpu in self.gpus.values()), default=0)
+        need_bytes = max(known.largest_bytes, min(known.need_bytes, largest_bytes)) or model.memory_bytes
+        if need_bytes != model.memory_bytes:
+            self.models[name] = msgspec.structs.replace(model, memory_bytes=need_bytes)
+        return need_bytes != model.memory_bytes
+
+    def _size_all(self) -> None:
+        for name in self.models:
+            self._size(name)
 
     def join(self, gpu: Gpu) -> GpuState:
         self._joined += 1
@@ -265,6 +286,7 @@ class Cluster:
         self.largest_bytes = max(self.largest_bytes, gpu.memory_bytes)
         self._holders.joined(state)
         self.set_idle(state)
+        self._size_all()
         return state
 
     def leave(self, gpu_id: str) -> GpuState:
@@ -273,6 +295,7 @@ class Cluster:
         self._holders.left(gpu)
         self.cache.drop_gpu(gpu_id)
         self.prices.left(gpu_id)
+        self._size_all()
         self.measure_room()
         return gpu
 

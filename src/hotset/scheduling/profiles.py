@@ -8,6 +8,7 @@ per model).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from hotset.vocabulary import Model, Profile
 
@@ -16,6 +17,9 @@ NEWEST_WEIGHT = 0.1
 
 NEWEST_LOADS = 5
 """Loads that the expected load time is the median of."""
+
+NEWEST_SIZES = 32
+"""Loads that a model's footprint is learned from."""
 
 DEFAULT_LOAD_S = 2.5
 DEFAULT_INFERENCE_S = 0.1
@@ -92,6 +96,51 @@ class BatchLine:
         return max(self.mean_s + slope * (batch - self.mean_n), 0.0)
 
 
+class Footprint:
+    """GPU memory that a model takes, and a margin for what it may take next time, learned from how much that varies.
+
+    The largest of n sizes is not exceeded by the next one in n of n + 1 cases, whatever they are distributed like. The
+    mean gap between the sizes is added, as in the textbook estimate of a range's end from a sample of it (the German
+    tank problem): that covers the first few sizes, from which little is known, and is nothing where all are equal.
+    """
+
+    __slots__ = ("_sizes",)
+
+    def __init__(self, sizes_bytes: Iterable[int] = ()) -> None:
+        self._sizes = deque(sizes_bytes, maxlen=NEWEST_SIZES)
+
+    @property
+    def sizes_bytes(self) -> tuple[int, ...]:
+        """What the newest loads took, oldest first."""
+        return tuple(self._sizes)
+
+    @property
+    def newest_bytes(self) -> int | None:
+        """What it last took; None: that was never measured."""
+        return self._sizes[-1] if self._sizes else None
+
+    @property
+    def largest_bytes(self) -> int:
+        return max(self._sizes, default=0)
+
+    @property
+    def need_bytes(self) -> int:
+        """What to keep free for the next load; 0: nothing is known."""
+        if len(self._sizes) < 2:
+            return self.largest_bytes
+        largest, gaps = self.largest_bytes, len(self._sizes) - 1
+        return largest + -(-(largest - min(self._sizes)) // gaps)
+
+    def observe(self, size_bytes: int) -> None:
+        """A load took this much, or would have."""
+        self._sizes.append(size_bytes)
+
+    def observe_again(self, size_bytes: int) -> None:
+        """What was loaded before takes this much now: no other load, but it may have grown since."""
+        newest = self._sizes.pop() if self._sizes else 0
+        self._sizes.append(max(newest, size_bytes))
+
+
 class Least:
     """The best that was seen of a model on any GPU: until then what was declared, and 0 where nothing was."""
 
@@ -124,6 +173,8 @@ class Profiles:
         self._models: dict[str, Model] = {}
         self.least: dict[str, Least] = {}
         """By model."""
+        self.footprints: dict[str, Footprint] = {}
+        """By model."""
         self._any_load = Typical(None)
         self._any_copy = Average(None)
         """Seconds a byte of restores and offloads, of all models: both are copies over the same bus."""
@@ -132,10 +183,12 @@ class Profiles:
     def add(self, model: Model) -> None:
         self._models[model.name] = model
         self.least.setdefault(model.name, Least(model.profile))
+        self.footprints.setdefault(model.name, Footprint(model.profile.sizes_bytes))
 
     def remove(self, name: str) -> None:
         self._models.pop(name, None)
         self.least.pop(name, None)
+        self.footprints.pop(name, None)
         for table in (self._loads, self._restores, self._offloads, self._runs):
             for key in [key for key in table if key[0] == name]:
                 del table[key]

@@ -71,12 +71,7 @@ class Scheduler:
             self.cluster, self.quarantine, max_queue=config.max_queue, max_queue_per_model=config.max_queue_per_model
         )
         self._requests = OpenRequests(
-            self.cluster,
-            self._admission,
-            self.quarantine,
-            self.journal,
-            self._outbox,
-            max_attempts=self.config.max_attempts,
+            self.cluster, self._admission, self.quarantine, self.journal, self._outbox, max_attempts=config.max_attempts
         )
         self._entries = self._requests.entries
         self._queues = self.cluster.queues
@@ -316,21 +311,21 @@ class Scheduler:
         gpu = self.cluster.gpus[event.gpu_id]
         self.profiles.observe_load(event.model, gpu.kind, event.load_s)
         self.cluster.prices.forget(event.model)  # its load was a guess before
-        self._became_hot(gpu, event.model, event.load_s, event.memory_bytes, now_s)
+        self._became_hot(gpu, event, event.load_s, now_s)
 
     def _model_restored(self, event: ModelRestored, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
         copied_bytes = gpu.memory.residents[event.model].host_bytes
         self.profiles.observe_restore(event.model, gpu.kind, event.restore_s, copied_bytes)
-        self._became_hot(gpu, event.model, event.restore_s, event.memory_bytes, now_s)
+        self._became_hot(gpu, event, event.restore_s, now_s)
 
-    def _became_hot(self, gpu: GpuState, model: str, load_s: float, memory_bytes: int | None, now_s: float) -> None:
+    def _became_hot(self, gpu: GpuState, event: ModelLoaded | ModelRestored, load_s: float, now_s: float) -> None:
+        model = event.model
         work = None if gpu.memory.copying == model else self._work_of(gpu, model)
-        resident = self.cache.loaded(gpu.memory, model, memory_bytes)
+        resident = self.cache.loaded(gpu.memory, model, event.memory_bytes)
         self._queues.loaded(resident, load_s)
-        if memory_bytes is not None and self.cluster.learn_memory(model, resident.memory_bytes):
-            self.pins.changed(model)
-            self._requests.reject_too_large(now_s)
+        if event.memory_bytes is not None:
+            self._measured(model, resident.memory_bytes, now_s, again=type(event) is ModelRestored)
         if work is None:
             resident.in_use = False
             self.cluster.copy_ended(gpu, model)
@@ -349,6 +344,12 @@ class Scheduler:
             self._run(gpu, work, rule, now_s)
         else:
             self._release(gpu, model, now_s)
+
+    def _measured(self, model: str, memory_bytes: int, now_s: float, *, again: bool = False) -> None:
+        """What a model takes is known better: pins may need other room, and some may have none any more."""
+        if self.cluster.learn_memory(model, memory_bytes, again=again):
+            self.pins.changed(model)
+            self._requests.reject_too_large(now_s)
 
     def _model_offloaded(self, event: ModelOffloaded, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
@@ -382,9 +383,7 @@ class Scheduler:
         else:
             entries = self._work_of(gpu, name).entries
         if event.memory_bytes is not None:
-            self.cluster.learn_memory(name, event.memory_bytes)
-            self.pins.changed(name)
-            self._requests.reject_too_large(now_s)
+            self._measured(name, event.memory_bytes, now_s)
         # Knowing better what it needs, the same GPU is as good as any, and nobody is to blame.
         avoid = "" if learned else gpu.gpu_id
         self._process_gone(gpu, name, entries, Loss(event.kind, event.reason, avoid, not learned), now_s)
@@ -428,10 +427,9 @@ class Scheduler:
     # Models and GPUs come and go
 
     def _model_added(self, event: ModelAdded, now_s: float) -> None:
-        self.cluster.models[event.model.name] = event.model
+        self.cluster.add_model(event.model)
         self._gathers = self._gathers or event.model.max_batch_wait_s > 0.0
         self._gathering.let_go(event.model.name, now_s)
-        self.profiles.add(event.model)
         self.cluster.removed.discard(event.model.name)
         self.pins.want(event.model.name, event.model.min_copies)
         self._shed(event.model.name)

@@ -136,7 +136,9 @@ class ProfileRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Mean of its runs, for one request."""
     runs: int = 0
     memory_bytes: int | None = None
-    """Most GPU memory it was seen to take."""
+    """Most GPU memory that it lately took."""
+    sizes_bytes: tuple[int, ...] = ()
+    """GPU memory that its newest loads took, on whatever kind, oldest first."""
 
 
 class Datastore(Protocol):

@@ -173,7 +173,7 @@ class FunctionsApi:
     def _status(self, record: FunctionRecord, waiting: int) -> FunctionStatus:
         options, client, name = record.options, record.client, name_of(record.name)
         version = self._control.functions.current.get(record.name)
-        measured = [each.memory_bytes for each in version.learned.values() if each.memory_bytes] if version else []
+        footprint = self._control.scheduler.profiles.footprints.get(record.model)
         gpus = list(self._control.scheduler.cache.holders(record.model))
         wanted = self._replicas.wanted(record)
         details = FunctionDetails(
@@ -183,7 +183,8 @@ class FunctionsApi:
             bundle=record.bundle,
             requirements=record.requirements,
             gpu_memory_bytes=options.gpu_memory_bytes,
-            measured_memory_bytes=max(measured, default=None),
+            measured_memory_bytes=footprint.newest_bytes if footprint is not None else None,
+            memory_margin_bytes=readings.memory_margin(self._control, record.model),
             max_batch=options.max_batch,
             max_batch_wait_s=options.max_batch_wait_s,
             timeout_s=options.timeout_s,

@@ -85,7 +85,9 @@ class FunctionDetails(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_bytes: int | None
     """As declared."""
     measured_memory_bytes: int | None
-    """Most GPU memory it was seen to take since the server's start."""
+    """GPU memory that its last load took."""
+    memory_margin_bytes: int | None
+    """Kept free beside that for its next load: learned from how much its loads differ."""
     max_batch: int
     max_batch_wait_s: float
     timeout_s: float
