@@ -302,6 +302,18 @@ def test_a_pin_finds_the_room_that_a_copy_too_many_leaves():
     assert pins(world) == {"g0": ["b", "a"]}
 
 
+def test_a_pin_finds_the_room_that_a_copy_which_failed_leaves():
+    world = World(gpus=(2.0,), models=[pinned("b", 0.5)])
+    world.loaded("g0")
+    world.add(model("a", 1.5))
+    world.arrive("a")
+    world.add(pinned("c", 0.4))
+    world.handle(ModelAdded(pinned("a", 1.0)))
+    assert pins(world) == {"g0": ["b", "c"]}, "the larger copy of before still loads"
+    world.load_fails("g0")
+    assert pins(world) == {"g0": ["b", "c", "a"]}
+
+
 def test_lalb_keeps_the_gpu_of_a_pinned_model_for_the_older_request():
     world = World("lalb", gpus=(8.0, 2.0), models=[model("a", 2.0)])
     world.arrive("a")

@@ -59,9 +59,12 @@ class Pins:
             self.plan()
 
     def changed(self, model: str) -> None:
-        """The model's size is known better, or a copy of it left: its pins may need other room, or find it."""
+        """The model's size is known better, or a copy of it left: its pins may need other room, or find it, and so may
+        the loads of others' pins."""
         if model in self._pinned:
             self.plan()
+        else:
+            self.unsettled = bool(self._pinned)
 
     def plan(self) -> None:
         """Place the pins anew: wishes, sizes or GPUs changed."""

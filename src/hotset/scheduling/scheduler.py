@@ -403,7 +403,7 @@ class Scheduler:
             self.cluster.drop_resident(gpu, name)
         else:
             return  # it was evicted, or is being reported as a failed load or run
-        self.pins.unsettled = True
+        self.pins.changed(name)
         if self.quarantine.failed(name, now_s, event.reason):
             self._requests.reject_quarantined(name, now_s)
 
@@ -416,7 +416,7 @@ class Scheduler:
     def _process_gone(self, gpu: GpuState, name: str, entries: list[Entry], loss: Loss, now_s: float) -> None:
         """The process is gone, the GPU is not."""
         self.cluster.drop_resident(gpu, name)
-        self.pins.unsettled = True
+        self.pins.changed(name)
         self._requests.lost(name, entries, loss, now_s)
         self._forget_if_gone(name)
         if gpu.work is not None and gpu.work.model == name:
