@@ -41,6 +41,7 @@ CHECKS: Mapping[str, Check] = {
     "allocator": memory.allocator,
     "swaps": memory.swaps,
     "parking": copies.parking,
+    "tensors": copies.tensors,
     "bandwidth": copies.bandwidth,
     "overlap": copies.overlap,
     "out of memory": faults.out_of_memory,

@@ -17,12 +17,13 @@ LEAST_OVERLAP = 1.3
 
 
 async def bandwidth(setup: Setup, found: Findings) -> None:
-    """Pageable, pinned, and a model's tensors to pinned host memory and back."""
+    """Pageable, pinned, and a model's tensors to the slab it is parked in and back."""
     setup.need_cuda()
     async with setup.node() as node:
         spec = setup.probe(entry="Copies")
         await node.load(spec)
         rates = await node.ask(spec, "bandwidth", COPY_MIB)
+    # The slab's own making and going (pin, unpin) are told apart: they take the CPU and no bus.
     offload = rates["offload_gb_per_s"] / rates["to_pinned_gb_per_s"]
     restore = rates["restore_gb_per_s"] / rates["pinned_gb_per_s"]
     found.figures |= rates | {
@@ -30,6 +31,7 @@ async def bandwidth(setup: Setup, found: Findings) -> None:
         "offload_share": offload,
         "restore_share": restore,
     }
+    found.expect(rates["pinned"] == 1, "the driver would not pin the slab that models are parked in")
     found.expect(rates["pinned_gb_per_s"] >= rates["pageable_gb_per_s"], "a pinned copy is slower than a pageable one")
     found.expect(offload >= LEAST_SHARE, f"offload reaches {offload:.0%} of a pinned copy")
     found.expect(restore >= LEAST_SHARE, f"restore reaches {restore:.0%} of a pinned copy")
@@ -64,6 +66,32 @@ async def parking(setup: Setup, found: Findings) -> None:
         found.note = "a virtual GPU's memory is host memory: nothing is copied"
     else:
         found.figures["restore_gb_per_s"] = setup.model_bytes / median(restore_s) / 1e9
+
+
+async def tensors(setup: Setup, found: Findings) -> None:
+    """Tied weights, views, buffers and a cache made in inference mode come back as they were; a model with a CUDA
+    graph, which remembers addresses, is not parked; and pinning that was refused leaves no error behind."""
+    async with setup.node() as node:
+        spec = setup.probe(entry="Keeper")
+        await node.load(spec)
+        for number in range(1, ROUNDS + 1):
+            answer = await node.ask(spec, "state")
+            found.expect(answer["calls"] == number, f"call {number} found its cache at {answer['calls']:g}")
+            found.expect(answer["same"] == 1, f"other values after {number - 1} restores")
+            found.expect(answer["shared"] == 1, f"what shared memory does not any more after {number - 1} restores")
+            await node.offload(spec)
+            await node.restore(spec)
+        found.figures["rounds"] = ROUNDS
+        if setup.virtual:
+            found.note = "a virtual GPU's memory is host memory: nothing is copied, and there are no graphs"
+            return
+        refused = await node.ask(spec, "refused")
+        found.figures["refusal_code"] = refused["code"]
+        found.expect(refused["code"] != 0, "memory was pinned twice")
+        found.expect(refused["value"] == 8.0, "a kernel after a refusal computed wrongly")
+        await node.ask(spec, "capture")
+        parked = await node.offload(spec)
+        found.expect(parked.host_bytes == 0, "a model with a CUDA graph was parked")
 
 
 async def overlap(setup: Setup, found: Findings) -> None:

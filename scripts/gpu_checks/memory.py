@@ -20,6 +20,8 @@ MOST_CONTEXT_MIB = 1024
 SLACK_MIB = 64
 """What drivers and allocators round up."""
 SETTLED_WITHIN_S = 5.0
+COMPUTE_MODE_DEFAULT = 0
+"""NVML_COMPUTEMODE_DEFAULT; the others are for one process at a time, or none."""
 SWAPS = 20
 
 
@@ -59,6 +61,11 @@ async def device(setup: Setup, found: Findings) -> None:
         "driver": str(nvml.ask("nvmlSystemGetDriverVersion")),
         "usable_mib": first.gpu.memory_bytes / MIB,
     }
+    mode = nvml.ask("nvmlDeviceGetComputeMode", first_handle(nvml))
+    found.expect(
+        mode in (None, COMPUTE_MODE_DEFAULT),
+        f"its compute mode ({mode}) lets no second process in: nvidia-smi -c DEFAULT, unless MPS shares it",
+    )
     async with setup.node() as node:
         spec = setup.probe()
         await node.load(spec)
@@ -123,12 +130,14 @@ async def residency(setup: Setup, found: Findings) -> None:
         await node.ask(spec, "scale", 7.0)
         run_s = monotonic() - begin_s
         unload_s = await node.unload(spec)
+        begin_s = monotonic()
         after_mib = await settled_mib(nvml, before_mib + SLACK_MIB) if nvml else 0.0
+        back_s = monotonic() - begin_s
         found.figures |= {"load_s": loaded.load_s, "first_run_s": first_run_s, "run_s": run_s, "unload_s": unload_s}
         found.expect(answer["value"] == 21.0, f"3 times 7 was {answer['value']}")
         found.expect(node.node.processes() == [], "the node still lists a process")
     if nvml:
-        found.figures |= {"before_mib": before_mib, "after_mib": after_mib}
+        found.figures |= {"before_mib": before_mib, "after_mib": after_mib, "memory_back_s": back_s}
         found.expect(after_mib <= before_mib + SLACK_MIB, f"{after_mib - before_mib:.0f} MiB did not come back")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -198,6 +200,25 @@ def test_a_slab_is_pinned_where_the_driver_agrees_and_released_once(cuda: FakeCu
     assert slab.pinned
     slab.close()
     assert cuda.calls == ["register", "unregister"]
+
+
+def flags_of(address: int) -> list[str]:
+    """What the kernel notes of the mapping that holds this address (``VmFlags`` in proc(5))."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+def test_a_slab_is_private_and_not_handed_down_to_children() -> None:
+    slab = Slab(4 << 20, pinned=False)
+    flags = flags_of(slab.tensor.data_ptr())
+    assert "dc" in flags  # do not copy area on fork
+    assert "sh" not in flags
+    slab.close()
 
 
 def test_what_the_driver_refused_is_not_blamed_on_the_next_kernel(

@@ -33,6 +33,7 @@ class FakeNvml:
         self.used_mib = list(used_mib) or [0.0]
         self.gpus = gpus
         self.open = 0
+        self.compute_mode = 0
         self.processes: list[Any] = []
 
     def nvmlInit(self) -> None:
@@ -62,6 +63,9 @@ class FakeNvml:
 
     def nvmlDeviceGetUUID(self, handle: int) -> str:
         return f"GPU-{handle}"
+
+    def nvmlDeviceGetComputeMode(self, handle: int) -> int:
+        return self.compute_mode
 
     def nvmlSystemGetDriverVersion(self) -> str:
         return "580.1"
@@ -242,6 +246,9 @@ def test_nvml_and_torch_must_see_the_same_gpu(on_a_gpu: Scripted) -> None:
         "NVIDIA Model T",
         "580.1",
     )
+    exclusive = FakeNvml(500)
+    exclusive.compute_mode = 3
+    assert "compute mode (3)" in on_a_gpu(memory.device, exclusive, device=SEEN).why
     other = SEEN | {"name": "Another", "visible": 2, "total_bytes": 1000 * MIB}
     record = on_a_gpu(memory.device, FakeNvml(500), device=other)
     assert record.outcome is Outcome.FAIL
@@ -286,16 +293,17 @@ def test_the_allocators_cache_is_seen_and_can_be_had_back(on_a_gpu: Scripted) ->
 
 def test_copies_are_judged_by_their_share_of_a_pinned_one(on_a_gpu: Scripted) -> None:
     rates = dict.fromkeys(("pinned", "to_pinned", "offload", "restore"), 20.0) | {"pageable": 5.0}
-    named = {f"{name}_gb_per_s": rate for name, rate in rates.items()}
+    named = {f"{name}_gb_per_s": rate for name, rate in rates.items()} | {"pinned": 1.0}
     record = on_a_gpu(copies.bandwidth, FakeNvml(), bandwidth=named)
     assert (record.outcome, record.figures["pageable_share"], record.figures["restore_share"]) == (
         Outcome.PASS,
         0.25,
         1.0,
     )
-    slow = named | {"restore_gb_per_s": 10.0, "offload_gb_per_s": 2.0, "pageable_gb_per_s": 30.0}
+    slow = named | {"pinned": 0.0, "restore_gb_per_s": 10.0, "offload_gb_per_s": 2.0, "pageable_gb_per_s": 30.0}
     record = on_a_gpu(copies.bandwidth, FakeNvml(), bandwidth=slow)
     assert record.why == (
+        "the driver would not pin the slab that models are parked in; "
         "a pinned copy is slower than a pageable one; offload reaches 10% of a pinned copy; "
         "restore reaches 50% of a pinned copy"
     )
@@ -308,6 +316,24 @@ def test_parking_must_free_the_device(on_a_gpu: Scripted, monkeypatch: pytest.Mo
     assert record.figures["restore_gb_per_s"] == pytest.approx(256 * MIB / 0.01 / 1e9)
     record = on_a_gpu(copies.parking, FakeNvml(900, 890), scale={"value": 0.0})
     assert record.why == "an offload freed 10 MiB; 3 times 7 was 0.0 after a restore"
+
+
+KEPT = {"calls": 1.0, "same": 1.0, "shared": 1.0}
+
+
+def test_a_parked_models_tensors_are_asked_for_and_graphs_must_stay(
+    on_a_gpu: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "ROUNDS", 1)
+    answers: dict[str, dict[str, Any]] = {"state": KEPT, "refused": {"code": 712.0, "value": 8.0}, "capture": {}}
+    record = on_a_gpu(copies.tensors, FakeNvml(), **answers)
+    assert record.why == "a model with a CUDA graph was parked"  # the scripted node parks whatever it is told to
+    answers |= {"state": KEPT | {"same": 0.0, "shared": 0.0}, "refused": {"code": 0.0, "value": 7.0}}
+    record = on_a_gpu(copies.tensors, FakeNvml(), **answers)
+    assert record.why == (
+        "other values after 0 restores; what shared memory does not any more after 0 restores; "
+        "memory was pinned twice; a kernel after a refusal computed wrongly; a model with a CUDA graph was parked"
+    )
 
 
 @pytest.mark.parametrize(("ratio", "outcome"), [(1.9, Outcome.PASS), (1.01, Outcome.FAIL)])
@@ -337,7 +363,7 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: 5)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
 
 
@@ -346,11 +372,53 @@ def test_the_probe_measures_copies() -> None:
     function = probe.Copies()
     function.load("cpu")
     rates = function.predict("bandwidth", 4)
-    assert set(rates) == {f"{name}_gb_per_s" for name in ("pageable", "pinned", "to_pinned", "offload", "restore")}
-    assert all(float(rate) > 0 for rate in rates.values())
+    parking = ("pin", "offload", "restore", "unpin")
+    assert set(rates) == {f"{name}_gb_per_s" for name in ("pageable", "pinned", "to_pinned", *parking)} | {"pinned"}
+    assert all(float(rate) > 0 for name, rate in rates.items() if name != "pinned")
+    assert rates["pinned"] == 0
     times = function.predict("overlap", 4)
     serial_s = float(times["copy_s"]) + float(times["compute_s"])
     assert float(times["ratio"]) == pytest.approx(serial_s / float(times["overlapped_s"]))
+
+
+def test_the_keeper_sees_what_changed() -> None:
+    function = probe.Keeper()
+    function.load("cpu")
+    assert [function.predict("state")["calls"], function.predict("state")] == [1, {"calls": 2, "same": 1, "shared": 1}]
+    function.half.data = function.half + 1
+    assert function.predict("state") == {"calls": 3, "same": 0, "shared": 0}
+
+
+class FakeCudart:
+    """Pins anything once."""
+
+    def __init__(self) -> None:
+        self.pinned: set[int] = set()
+
+    def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
+        code = 712 if address in self.pinned else 0
+        self.pinned.add(address)
+        return code
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.pinned.remove(address)
+        return 0
+
+
+def test_the_keeper_captures_a_graph_and_has_a_pin_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeCudart()
+    graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(probe, "forget_last_error", lambda: None)
+    function = probe.Keeper()
+    function.load("cpu")
+    assert function.predict("refused") == {"code": 712, "value": 8}
+    assert runtime.pinned == set()
+    assert function.predict("capture") == {"value": 16}
+    assert function.graph is graph
 
 
 @pytest.mark.usefixtures("no_cuda")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import hotset
+from hotset.node.worker.residency import Slab, Weights, copying, forget_last_error
 
 MIB = 1 << 20
 WIDTH = 1024
@@ -100,6 +101,60 @@ class Probe:
 
 
 @hotset.function
+class Keeper:
+    """Holds tensors in the ways that functions do, and tells whether they are still what they were."""
+
+    def load(self, device: str) -> None:
+        self.device = device
+        self.linear = torch.nn.Linear(8, 8, bias=False, device=device)
+        self.tied = self.linear.weight
+        self.norm = torch.nn.BatchNorm1d(8, device=device).eval()
+        self.half = torch.arange(64, device=device).half()
+        self.row = self.half[8:16]
+        self.turned = torch.arange(12, device=device).view(3, 4).t()
+        with torch.inference_mode():
+            self.cache = torch.zeros(4, device=device)
+        self.graph: Any = None
+        self.known = self._state()
+
+    def predict(self, what: str, value: float = 0.0) -> Figures:
+        if what == "capture":
+            return self.capture()
+        if what == "refused":
+            return self.refused()
+        with torch.inference_mode():
+            self.cache.add_(1)
+            counted = float(self.cache.sum()) / 4
+        same = all(map(torch.equal, self.known, self._state()))
+        shared = self.tied is self.linear.weight and self.row.data_ptr() == self.half[8:].data_ptr()
+        return {"calls": counted, "same": float(same), "shared": float(shared)}
+
+    def capture(self) -> Figures:
+        """Capture a CUDA graph, as ``torch.compile`` does with ``mode="reduce-overhead"``."""
+        self.graph = torch.cuda.CUDAGraph()
+        numbers = torch.ones(8, device=self.device)
+        with torch.cuda.graph(self.graph):
+            self.kept = numbers * 2
+        self.graph.replay()
+        torch.cuda.synchronize()
+        return {"value": float(self.kept.sum())}
+
+    def refused(self) -> Figures:
+        """Memory that is pinned already is refused; no later kernel may be told of it."""
+        runtime, slab = torch.cuda.cudart(), Slab(MIB, pinned=True)
+        address = slab.tensor.data_ptr()
+        code = int(runtime.cudaHostRegister(address, MIB, 0))  # type: ignore[attr-defined]
+        forget_last_error()
+        value = float(torch.ones(8, device=self.device).sum())
+        slab.close()
+        return {"code": float(code), "value": value}
+
+    def _state(self) -> list[torch.Tensor]:
+        held = (self.linear.weight, self.norm.running_var, self.half, self.row, self.turned)
+        return [each.detach().cpu().clone() for each in held if each is not None]
+
+
+@hotset.function
 class Greedy:
     """Wants ``GREEDY_BYTES`` of its device when it loads."""
 
@@ -121,18 +176,32 @@ class Copies:
         return self.bandwidth(int(value)) if what == "bandwidth" else self.overlap(int(value))
 
     def bandwidth(self, mib: int) -> Figures:
+        """Plain copies, and what parking does: storage by storage to a slab and back, device memory given back."""
         size_bytes = mib * MIB
+        rates = self._plain_rates(size_bytes)
+        layers = [torch.ones(WIDTH, WIDTH, device=self.device) for _ in range(size_bytes // LAYER_BYTES)]
+        weights = Weights(layers)
+        taken_s: dict[str, list[float]] = {"pin": [], "offload": [], "restore": [], "unpin": []}
+        for _ in range(REPETITIONS):
+            begin_s = time.perf_counter()
+            slab = Slab(weights.size_bytes, pinned=self.device != "cpu")
+            taken_s["pin"].append(time.perf_counter() - begin_s)
+            taken_s["offload"].append(_once(lambda slab=slab: weights.leave(slab.tensor, copying())))
+            taken_s["restore"].append(_once(lambda slab=slab: weights.come_back(slab.tensor, copying())))
+            rates["pinned"] = float(slab.pinned)
+            begin_s = time.perf_counter()
+            slab.close()
+            taken_s["unpin"].append(time.perf_counter() - begin_s)
+        return rates | {f"{name}_gb_per_s": size_bytes / median(taken) / 1e9 for name, taken in taken_s.items()}
+
+    def _plain_rates(self, size_bytes: int) -> Figures:
         pageable = torch.ones(size_bytes, dtype=torch.uint8)
         pinned = torch.ones(size_bytes, dtype=torch.uint8).pin_memory()
         on_device = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
-        layers = [torch.ones(WIDTH, WIDTH, device=self.device) for _ in range(size_bytes // LAYER_BYTES)]
-        parked = [torch.empty(WIDTH, WIDTH).pin_memory() for _ in layers]
         return {
             "pageable_gb_per_s": _rate(size_bytes, lambda: on_device.copy_(pageable)),
             "pinned_gb_per_s": _rate(size_bytes, lambda: on_device.copy_(pinned, non_blocking=True)),
             "to_pinned_gb_per_s": _rate(size_bytes, lambda: pinned.copy_(on_device, non_blocking=True)),
-            "offload_gb_per_s": _rate(size_bytes, lambda: _copy_all(layers, parked)),
-            "restore_gb_per_s": _rate(size_bytes, lambda: _copy_all(parked, layers)),
         }
 
     def overlap(self, mib: int) -> Figures:
@@ -168,22 +237,18 @@ class Copies:
         }
 
 
-def _copy_all(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source, non_blocking=True)
-
-
 def _rate(size_bytes: int, action: Callable[[], Any]) -> float:
     return size_bytes / _seconds(action) / 1e9
 
 
 def _seconds(action: Callable[[], Any]) -> float:
     """Median time until the device is done; the first time, which also warms up, is not counted."""
-    taken_s = []
-    for _ in range(REPETITIONS + 1):
-        torch.cuda.synchronize()
-        begin_s = time.perf_counter()
-        action()
-        torch.cuda.synchronize()
-        taken_s.append(time.perf_counter() - begin_s)
-    return median(taken_s[1:])
+    return median([_once(action) for _ in range(REPETITIONS + 1)][1:])
+
+
+def _once(action: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    begin_s = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin_s
