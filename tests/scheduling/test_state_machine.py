@@ -64,6 +64,8 @@ class Watched:
         for entry in waiting:
             # One that came back from a lost GPU passes nobody any more.
             self.passed_by[entry.seq] -= {other.seq for other in waiting}
+        # If its GPU is lost it will wait anew.
+        self.passed_by.pop(placement.entry.seq, None)
         lane_taken = placement.gpu.memory.copying is not None
         for entry in waiting:
             if lane_taken and not cluster.can_start(placement.gpu, entry.model):
