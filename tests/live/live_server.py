@@ -34,6 +34,10 @@ class LiveServer:
         """Deploy a function's source text; its status."""
         source = folder / "function.py"
         source.write_text(code)
+        return self.deploy_path(name, source, **env)
+
+    def deploy_path(self, name: str, source: Path, **env: str) -> dict[str, Any]:
+        """Deploy a file or a folder; its status."""
         with Remote(self.url) as remote, io.BytesIO() as archive:
             bundle = make_bundle(source, archive)
             archive.seek(0)

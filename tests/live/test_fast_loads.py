@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch
 from live_server import ENDS_WITHIN_S, LiveServer, live_server
 
 from hotset.cli.remote import Remote
@@ -23,6 +24,20 @@ class Net:
 
     def predict(self) -> list[float]:
         return [float(each) for each in self.more]
+"""
+
+
+SAVED = """
+import torch
+import hotset
+
+@hotset.function(gpu_memory="10MiB")
+class Saved:
+    def load(self, device: str) -> None:
+        self.state = torch.load("net.pt")
+
+    def predict(self) -> list[str]:
+        return [str(self.state["weight"].sum().item()), open("/proc/self/maps").read()]
 """
 
 
@@ -47,3 +62,17 @@ def test_fast_loads_are_checked_and_not_used_where_they_are_wrong(tmp_path: Path
     with live_server(tmp_path / "data") as server, Remote(server.url) as remote:
         assert remote.function("wrong")["hotset"]["fast_load"] == wrong
         assert remote.invoke("wrong", b"{}", {}).json() == first
+
+
+def test_a_saved_state_is_converted_after_its_deploy_and_mapped_from_then_on(tmp_path: Path) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "function.py").write_text(SAVED)
+    torch.save({"weight": torch.ones(1 << 18)}, code / "net.pt", _use_new_zipfile_serialization=False)
+    with live_server(tmp_path / "data") as server:
+        server.deploy_path("saved", code)
+        assert verdict(server, "saved") == "equal to the ordinary load, bit by bit; mapped as safetensors: net.pt"
+    with live_server(tmp_path / "data") as server, Remote(server.url) as remote:
+        total, maps = remote.invoke("saved", b"{}", {}).json()
+    assert float(total) == 1 << 18
+    assert "net.pt.safetensors" in maps

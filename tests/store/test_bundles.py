@@ -266,9 +266,11 @@ def test_unknown_and_unused_bundles(tmp_path: Path, bundles: Bundles) -> None:
     dropped = bundles.add(archive_of(tmp_path / "x.zip", {"main.py": b"2"})).digest
     (bundles._directory / "tmp-interrupted").mkdir()
     (bundles._directory / "tmp-interrupted.zip").touch()
+    for digest in (kept, dropped):
+        (bundles._directory / f"{digest}.tensors").mkdir()  # what was converted of it
 
     assert bundles.remove_unused([kept]) == [dropped]
-    assert left(Bundles(bundles._directory)) == [kept]
+    assert left(Bundles(bundles._directory)) == [kept, f"{kept}.tensors"]
 
 
 def test_of_two_deploys_of_one_content_one_wins(

@@ -3,7 +3,8 @@
 A disk gives a few GB/s at best, so a load from a cold file takes ten to a hundred times as long as one from the page
 cache (docs/residency.md); the queue is when the disk has nothing else to do.
 
-Which files: the large ones of the function's bundle, and what an earlier process of the model had mapped.
+Which files: the large ones of the function's bundle, or what they were converted to, and what an earlier process of the
+model had mapped.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import queue
 import threading
 from collections import OrderedDict
 from pathlib import Path
+
+from hotset.node.worker.converted import twin_of
 
 LEAST_BYTES = 1 << 20
 """Smaller files are read in no time."""
@@ -47,7 +50,8 @@ class ReadAhead:
         self._asked.add(model)
         if model not in self._files:
             self._remember(model, large_files(Path(code_path)))
-        if files := self._files[model]:
+        twins = ((path, twin_of(path, code_path)) for path in self._files[model])
+        if files := tuple(twin if twin and os.path.exists(twin) else path for path, twin in twins):
             if self._thread is None:
                 self._thread = threading.Thread(target=self._read, name="hotset-read-ahead", daemon=True)
                 self._thread.start()

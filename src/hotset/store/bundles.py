@@ -162,11 +162,16 @@ class Bundles:
             _remove(folder)
 
     def remove_unused(self, used: Collection[str]) -> list[str]:
-        """Remove every bundle that is not in ``used`` and name them; only when no deploy is under way (at start)."""
-        unused = sorted(p.name for p in self._directory.iterdir() if _DIGEST.fullmatch(p.name) and p.name not in used)
-        for digest in unused:
-            _remove(self._directory / digest)
-        return unused
+        """Remove every bundle that is not in ``used``, with what was made of it (``DIGEST.tensors``), and name them.
+
+        Only when no deploy is under way (at start)."""
+        unused = set[str]()
+        for path in self._directory.iterdir():
+            digest = path.name.partition(".")[0]
+            if _DIGEST.fullmatch(digest) and digest not in used:
+                unused.add(digest)
+                _remove(path)
+        return sorted(unused)
 
 
 class Upload:

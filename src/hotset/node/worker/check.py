@@ -1,7 +1,8 @@
 """Whether fast loads of a function (``fast_load.py``) give what its own ``load`` gives.
 
 ``python -m hotset.node.worker.check CODE ENTRY MOST_BYTES``, run once for each deployed version, in the background and
-on the CPU: the function is loaded both ways, and every tensor that the two objects hold is compared, bit by bit.
+on the CPU: files of tensors are converted (``converted.py``), then the function is loaded both ways, and every tensor
+that the two objects hold is compared, bit by bit.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,15 +22,32 @@ from hotset.functions.contract import LoadCheck
 from hotset.functions.loading import load_entry
 from hotset.functions.runtime import Runtime
 from hotset.functions.units import format_bytes
+from hotset.node.worker.converted import convert_all, folder_of
 from hotset.node.worker.fast_load import Incomplete, fast_load
 from hotset.node.worker.faults import describe
 from hotset.node.worker.memory import found_bytes, reachable
 
 
+def convert_and_check(code_path: str, entry: str, most_bytes: int) -> LoadCheck:
+    """Convert the bundle's files of tensors first, so that what is checked is what will be loaded."""
+    names: list[str] = []
+    with contextlib.suppress(ImportError):
+        import torch  # noqa: F401 - what converts needs it
+
+        names = convert_all(code_path, most_bytes)
+    checked = check(code_path, entry, most_bytes)
+    if not names:
+        return checked
+    if not checked.fast:
+        shutil.rmtree(folder_of(code_path), ignore_errors=True)
+        return checked
+    return msgspec.structs.replace(checked, text=f"{checked.text}; mapped as safetensors: {', '.join(names)}")
+
+
 def check(code_path: str, entry: str, most_bytes: int) -> LoadCheck:
     """``most_bytes``: what an ordinary load may take of this machine's memory."""
     try:
-        fast = _loaded(code_path, entry, fast_load)
+        fast = _loaded(code_path, entry, lambda: fast_load(code_path))
     except Incomplete as reason:
         return LoadCheck(fast=False, text=f"not used: {reason}")
     except Exception as error:  # noqa: BLE001 - whatever a user's load raises, here where it was not written for
@@ -81,5 +100,6 @@ if __name__ == "__main__":
     answer_fd = os.dup(1)
     os.dup2(2, 1)
     os.nice(10)
+    os.chdir(sys.argv[1])  # as where it is served
     with os.fdopen(answer_fd, "wb") as out:
-        out.write(msgspec.json.encode(check(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
+        out.write(msgspec.json.encode(convert_and_check(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

@@ -6,7 +6,7 @@ memory. While a function loads, ``fast_load``
 
 - copies layers that are like one before (``module_templates.py``),
 - skips the initialisation of parameters (``torch.nn.init``),
-- maps files of tensors in place of reading them (``tensor_files.py``),
+- maps files of tensors in place of reading them (``tensor_files.py``, ``converted.py``),
 - and lets ``load_state_dict`` bind the state's own tensors, which are pages of the file that all processes of the
   machine share, in place of copying them.
 
@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from hotset.node.worker.converted import read_twin
 from hotset.node.worker.module_templates import LAYERS, Templates
 from hotset.node.worker.tensor_files import MappedFile, Unreadable, is_zip
 
@@ -59,9 +60,10 @@ class _Watched:
 
 
 @contextlib.contextmanager
-def fast_load() -> Iterator[None]:
+def fast_load(code_path: str = "") -> Iterator[None]:
     """While the context is open, modules are built and loaded as described above; does nothing where torch is not
-    imported. Raises ``Incomplete`` at its end when that left a parameter without its values."""
+    imported. ``code_path``: the function's bundle, files of which may have been converted. Raises ``Incomplete`` at its
+    end when that left a parameter without its values."""
     torch = sys.modules.get("torch")
     if torch is None:
         yield
@@ -77,7 +79,7 @@ def fast_load() -> Iterator[None]:
             patches.enter_context(_replaced(kind, "__init__", templates.building(kind)))
         module = torch.nn.Module
         patches.enter_context(_replaced(module, "load_state_dict", _binding(module.load_state_dict, watched)))
-        patches.enter_context(_replaced(torch, "load", _mapping(torch.load)))
+        patches.enter_context(_replaced(torch, "load", _mapping(torch.load, code_path)))
         safetensors = sys.modules.get("safetensors.torch")
         if safetensors is not None:
             patches.enter_context(_replaced(safetensors, "safe_open", _opening(safetensors.safe_open)))
@@ -113,12 +115,15 @@ def _skipping(original: Callable[..., Any], parameter: type, watched: _Watched) 
     return initialise
 
 
-def _mapping(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``torch.load`` that maps a file it can map, unless it is told whether to."""
+def _mapping(original: Callable[..., Any], code_path: str) -> Callable[..., Any]:
+    """A ``torch.load`` that maps a file it can map, or what that was converted to, unless it is told whether to."""
 
     def load(f: Any, map_location: Any = None, pickle_module: Any = None, **kwargs: Any) -> Any:
-        if str(map_location) in ("None", "cpu") and "mmap" not in kwargs and is_zip(f):
-            kwargs["mmap"] = True
+        if str(map_location) in ("None", "cpu") and "mmap" not in kwargs:
+            with contextlib.suppress(Unreadable):
+                return read_twin(f, code_path, anywhere=map_location is not None)
+            if is_zip(f):
+                kwargs["mmap"] = True
         return original(f, map_location, pickle_module, **kwargs)
 
     return load

@@ -115,7 +115,7 @@ class Worker:
             limited = _limit_cuda(order)
             before_bytes = private_bytes()
             try:
-                with fast_load() if order.fast else contextlib.nullcontext():
+                with fast_load(order.code_path) if order.fast else contextlib.nullcontext():
                     runtime.load()
             except Incomplete as reason:
                 sys.stderr.write(f"hotset: load is run as it is, which is slower: {reason}\n")
