@@ -107,6 +107,12 @@ def test_top_shows_what_is_hot(gateway: str) -> None:
     state = json.loads(hotset("top", "--json", "--gateway", gateway).output)
     resident = [each["model"].partition("@")[0] for gpu in state["gpus"] for each in gpu["residents"]]
     assert "greet" in resident
+    shown = hotset("top", "--once", "--transitions", "--gateway", gateway).output
+    assert "last (median), ms" in shown
+    assert "last load, ms" in shown
+    (greet,) = (each for each in state["functions"] if each["name"] == "greet")
+    assert (greet["kind"], greet["transitions"]["load"]["count"] >= 1) == ("gpu", True)
+    assert greet["last_load"]["room_s"] >= 0
     assert state["processes"] is None, "only when asked for"
     assert "of host memory" not in shown
 

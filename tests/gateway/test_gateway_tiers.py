@@ -8,9 +8,9 @@ import msgspec
 import pytest
 from gateway_world import GPU, MIB, Client, Reply, World, run, version
 
-from hotset.cli.functions import tier, transitions
 from hotset.cli.output import miss_ratio_text
 from hotset.cli.replay import hardware_of, measured, read_recording, simulated
+from hotset.cli.residency import tier, transitions
 from hotset.cli.top import render_state
 from hotset.gateway import readings
 from hotset.gateway.app import Gateway
@@ -91,8 +91,8 @@ def test_the_state_says_where_each_model_is_and_what_moving_it_took() -> None:
         assert {each.value: times[each].last_s for each in times} == {"load": 0.5, "offload": 0.02, "restore": 0.01}
         assert times[Transition.LOAD].median_s == 0.5
         rows = transitions(msgspec.to_builtins(by_name["ant"]))
-        assert ("load", "last 500.0 ms, median 500.0 ms (1 times)") in rows
-        assert render_state(msgspec.to_builtins(state)) is not None
+        assert ("load", "last 500.0 ms, median 500.0 ms (once)") in rows
+        assert render_state(msgspec.to_builtins(state), transitions=True) is not None
 
     run(story)
 

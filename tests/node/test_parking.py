@@ -87,6 +87,7 @@ async def test_a_model_is_parked_and_comes_back_without_another_load(recorder: R
         parts = history.last_load
         assert parts is not None
         assert parts.first_run_s is not None
+        assert parts.room_s >= 0
         assert parts.import_s > 0 < parts.load_s
         assert history.times[Transition.LOAD].last_s >= parts.import_s + parts.load_s
         node.unload(GPU, "w@1")

@@ -14,8 +14,9 @@ import click
 import httpx
 
 from hotset.cli.options import gateway_option, json_option, print_rows
-from hotset.cli.output import milliseconds, write_json
+from hotset.cli.output import write_json
 from hotset.cli.remote import Remote, ServerError, error_text
+from hotset.cli.residency import residency_rows
 from hotset.errors import ConfigurationError
 from hotset.functions.units import format_bytes
 
@@ -83,21 +84,20 @@ def describe(name: str, gateway: str, as_json: bool) -> None:
     if as_json:
         write_json(function | {"state": state, "processes": processes})
         return
+    on_gpu = details["kind"] == "gpu"
     rows = [
         ("function", function["name"]),
         ("version", details["model"]),
         ("entry", details["entry"]),
         ("runs on", details["kind"]),
-        ("GPU memory", _memory(details)),
-        ("hot on", ", ".join(details["gpus"]) or "no GPU now"),
-        *_state_rows(state),
-        *((f"process {each['pid']}", host_memory(each)) for each in processes),
+        *([("GPU memory", _memory(details))] if on_gpu else []),
+        *residency_rows(state, processes),
         ("waiting", str(details["waiting"])),
         ("calls", str(function["invocationCount"])),
         ("max batch", _batch(details)),
         ("timeout", f"{details['timeout_s']:g} s a run, {details['load_timeout_s']:g} s a load"),
         ("retry", "once, when its process died" if details["retry"] else "never"),
-        ("fast load", details["fast_load"] or "being checked, if it loads torch models"),
+        *([("fast load", details["fast_load"] or "being checked, if it loads torch models")] if on_gpu else []),
         ("requirements", ", ".join(details["requirements"]) or "none"),
         ("bundle", details["bundle"]),
         ("created", function["createdAt"]),
@@ -113,50 +113,6 @@ def describe(name: str, gateway: str, as_json: bool) -> None:
 def _batch(details: dict[str, Any]) -> str:
     wait_s = details["max_batch_wait_s"]
     return f"{details['max_batch']}, filled for up to {wait_s * 1e3:g} ms" if wait_s else str(details["max_batch"])
-
-
-def _state_rows(state: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Where it is and what moving it cost; nothing of a function that is not in service, or needs no GPU."""
-    if state is None or not (state["transitions"] or state["warm"]):
-        return []
-    return [("tier", tier(state)), ("warm on", ", ".join(state["warm"]) or "no GPU now"), *transitions(state)]
-
-
-def host_memory(*processes: dict[str, Any]) -> str:
-    """What processes take of the machine: what each has written for itself, and their shares of what is mapped."""
-    private_bytes = sum(each["private_bytes"] for each in processes)
-    shared_bytes = sum(each["shared_bytes"] for each in processes)
-    return (
-        f"{format_bytes(private_bytes + shared_bytes)} of host memory: {format_bytes(private_bytes)} private, "
-        f"{format_bytes(shared_bytes)} its share of what is shared"
-    )
-
-
-def tier(function: dict[str, Any]) -> str:
-    """Where a function of the state is, at best."""
-    return "hot" if function["hot"] else "warm" if function["warm"] else "cold"
-
-
-def transitions(function: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rows that say what a function's changes of residency cost."""
-    rows = [
-        (
-            name,
-            f"last {milliseconds(times['last_s'])}, median {milliseconds(times['median_s'])} ({times['count']} times)",
-        )
-        for name, times in function["transitions"].items()
-    ]
-    parts = function["last_load"]
-    if parts is not None:
-        steps = {
-            "process": parts["process_s"],
-            "import": parts["import_s"],
-            "load": parts["load_s"],
-            "first run": parts["first_run_s"],
-        }
-        spent = (f"{name} {milliseconds(spent_s)}" for name, spent_s in steps.items() if spent_s is not None)
-        rows.append(("last load", ", ".join(spent)))
-    return rows
 
 
 @click.command()

@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hotset.cli.functions import host_memory, tier
 from hotset.cli.options import gateway_option, json_option
 from hotset.cli.output import function_of, write_json
 from hotset.cli.remote import Remote
+from hotset.cli.residency import LOAD_PARTS, TRANSITIONS, brief_transitions, host_memory, tier
 from hotset.functions.units import format_bytes
 
 BAR_WIDTH = 10
@@ -30,26 +30,35 @@ MOST_CALLERS = 10
 @click.option(
     "--processes", is_flag=True, help="With the host memory of the GPU processes: the kernel counts every page for it."
 )
+@click.option(
+    "--transitions", is_flag=True, help="With what moving each model took, and where the time of its last load went."
+)
 @gateway_option
 @json_option
-def top(interval: float, once: bool, processes: bool, gateway: str, as_json: bool) -> None:
-    """Watch the GPUs: what is in their memory, what runs, what waits, how often calls hit. Ctrl-C ends it."""
+def top(interval: float, once: bool, processes: bool, transitions: bool, gateway: str, as_json: bool) -> None:
+    """Watch the GPUs: what is in their memory, what runs, what waits, how often calls hit. Ctrl-C ends it.
+
+    Models are listed with those first that have not been used for longest; a * is in use.
+    """
     query = {"processes": "true"} if processes else {}
     with Remote(gateway) as remote:
-        if as_json or once:
-            state = remote.get("/system/state", **query)
-            if as_json:
-                write_json(state)
-            else:
-                Console().print(render_state(state))
+        if as_json:
+            write_json(remote.get("/system/state", **query))
             return
-        with Live(render_state(remote.get("/system/state", **query)), screen=True, auto_refresh=False) as live:
+
+        def look() -> RenderableType:
+            return render_state(remote.get("/system/state", **query), transitions=transitions)
+
+        if once:
+            Console().print(look())
+            return
+        with Live(look(), screen=True, auto_refresh=False) as live:
             while True:
                 time.sleep(interval)
-                live.update(render_state(remote.get("/system/state", **query)), refresh=True)
+                live.update(look(), refresh=True)
 
 
-def render_state(state: dict[str, Any]) -> RenderableType:
+def render_state(state: dict[str, Any], *, transitions: bool = False) -> RenderableType:
     """The state as ``top`` shows it."""
     ratio = state["hit_ratio"]
     healthy = "healthy" if state["healthy"] else "NOT HEALTHY"
@@ -62,6 +71,8 @@ def render_state(state: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [title, _gpus(state), _functions(state)]
     if state["thrashing"] is not None:
         parts.insert(1, Text(_thrashing(state["thrashing"]), style="bold red"))
+    if transitions:
+        parts += [_transitions(state), _last_loads(state)]
     if len(state["callers"]) > 1:
         parts.append(_callers(state["callers"][:MOST_CALLERS]))
     for host in state["hosts"]:
@@ -92,7 +103,8 @@ def _callers(callers: list[dict[str, Any]]) -> Table:
 
 
 def _gpus(state: dict[str, Any]) -> Table:
-    table = _table("GPU", "memory", "used", "busy", "runs", "hot, least recently used first", "warm")
+    table = _table("GPU", "memory", "used", "busy", "runs", "hot", "warm")
+    table.columns[2].no_wrap = True
     for gpu in state["gpus"]:
         share = gpu["used_bytes"] / gpu["capacity_bytes"] if gpu["capacity_bytes"] else 0.0
         filled = round(share * BAR_WIDTH)
@@ -100,6 +112,7 @@ def _gpus(state: dict[str, Any]) -> Table:
             f"{function_of(each['model'])} {format_bytes(each['memory_bytes'])}" + ("*" if each["in_use"] else "")
             for each in gpu["residents"]
         )
+        parked = ", ".join(f"{function_of(each['model'])} {format_bytes(each['host_bytes'])}" for each in gpu["parked"])
         table.add_row(
             gpu["gpu_id"],
             "#" * filled + "." * (BAR_WIDTH - filled),
@@ -107,13 +120,13 @@ def _gpus(state: dict[str, Any]) -> Table:
             f"{gpu['busy_ratio']:.0%}",
             function_of(gpu["running"] or "-"),
             residents or "nothing",
-            str(len(gpu["parked"])),
+            parked or "nothing",
         )
     return table
 
 
 def _functions(state: dict[str, Any]) -> Table:
-    columns = ("function", "tier", "calls", "wait", "errors", "hits", "warm", "misses", "ms", "load ms", "back ms")
+    columns = ("function", "tier", "calls", "wait", "errors", "hits", "warm", "misses", "mean ms", "load ms", "back ms")
     table = _table(*columns)
     for column in table.columns[2:]:
         column.justify = "right"
@@ -122,6 +135,29 @@ def _functions(state: dict[str, Any]) -> Table:
         counts = [str(each[key]) for key in ("requests", "waiting", "errors", "hits", "restores", "misses")]
         medians = [_ms(each["transitions"].get(name, {}).get("median_s")) for name in ("load", "restore")]
         table.add_row(each["name"], tier(each), *counts, _ms(latency_s), *medians)
+    return table
+
+
+def _transitions(state: dict[str, Any]) -> Table:
+    """What moving each model took, the last time and in the median."""
+    table = _table("last (median), ms", *TRANSITIONS)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for each in state["functions"]:
+        if each["transitions"]:
+            table.add_row(each["name"], *brief_transitions(each))
+    return table
+
+
+def _last_loads(state: dict[str, Any]) -> Table:
+    """Where the time of each model's last load went."""
+    table = _table("last load, ms", *LOAD_PARTS, "first run")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for each in state["functions"]:
+        if each["last_load"] is not None:
+            parts = [each["last_load"][f"{name}_s"] for name in (*LOAD_PARTS, "first_run")]
+            table.add_row(each["name"], *map(_ms, parts))
     return table
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from hotset.functions.contract import FunctionKind
 from hotset.gateway import readings
 from hotset.gateway.calls import CallRecord
 from hotset.gateway.control import Control
@@ -78,6 +79,7 @@ class FunctionState(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     model: str
+    kind: FunctionKind
     waiting: int
     requests: int
     errors: int
@@ -227,6 +229,7 @@ def state_of(control: Control, processes: list[ProcessReport] | None = None) -> 
                 FunctionState(
                     name=metrics.function,
                     model=version.model,
+                    kind=FunctionKind.CPU if version.spec.scheduled is None else FunctionKind.GPU,
                     waiting=lengths[metrics.function],
                     requests=metrics.total,
                     errors=sum(count for status, count in metrics.requests.items() if status >= 400),

@@ -35,6 +35,8 @@ class Times(msgspec.Struct, frozen=True, kw_only=True):
 class LoadParts(msgspec.Struct, frozen=True, kw_only=True):
     """Where the time of one load went."""
 
+    room_s: float = 0.0
+    """Until it was its turn, and whoever was to leave first had left."""
     process_s: float
     """Until the process had its order, and from its report to the node: all that is not the function's."""
     import_s: float

@@ -337,13 +337,14 @@ class Lane:
         self._read_ahead.loaded(model, process.spec.code_path, process.pid)
         self._history.measured(model, memory_bytes)
         self._history.took(model, Transition.LOAD, load_s)
+        operation = self._copied()
+        assert isinstance(operation, LoadOperation)
         if process.report is not None:
             import_s, own_s = process.report.import_s, process.report.load_s
             rest_s = max(0.0, load_s - own_s - (0.0 if process.ahead else import_s))
-            parts = LoadParts(process_s=rest_s, import_s=import_s, load_s=own_s, ahead=process.ahead)
+            room_s = process.load_began_s - operation.asked_s
+            parts = LoadParts(room_s=room_s, process_s=rest_s, import_s=import_s, load_s=own_s, ahead=process.ahead)
             self._history.loaded(model, parts)
-        operation = self._copied()
-        assert isinstance(operation, LoadOperation)
         self._listener.loaded(self.gpu_id, model, monotonic() - operation.asked_s, memory_bytes)
         self._advance()
 
