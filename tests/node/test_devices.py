@@ -153,10 +153,10 @@ def test_a_node_that_was_given_no_gpu_says_so(visible: str, monkeypatch: pytest.
 
 def test_frameworks_that_take_a_whole_gpu_are_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
     (device,) = cuda_devices(Nvml(FakeNvml()))
-    assert device.environment()["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert device.defaults()["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
-    assert "XLA_PYTHON_CLIENT_PREALLOCATE" not in device.environment()
-    assert device.environment()["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+    assert device.defaults()["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
+    assert device.defaults()["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
 
 
 def test_no_driver_and_no_gpu_are_errors_that_say_what_to_do() -> None:
@@ -168,13 +168,15 @@ def test_no_driver_and_no_gpu_are_errors_that_say_what_to_do() -> None:
         Nvml(library)
 
 
-def test_virtual_devices_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("MKL_NUM_THREADS", "3")
     first, second = virtual_devices(2, memory_bytes=MIB)
-    assert first.environment()["OMP_NUM_THREADS"] == "4"
-    assert "MKL_NUM_THREADS" not in first.environment()
+    assert first.defaults()["OMP_NUM_THREADS"] == "4"
+    assert first.defaults()["MKL_NUM_THREADS"] == "3", "the server's own"
+    (on_cuda,) = cuda_devices(Nvml(FakeNvml()))
+    assert on_cuda.defaults()["OMP_NUM_THREADS"] == "8"
     assert first.environment()["CUDA_VISIBLE_DEVICES"] == ""
     assert second.gpu.gpu_id == "local/virtual:1"
     assert (first.process_bytes(1), first.utilisation(), first.lost()) == (None, None, None)

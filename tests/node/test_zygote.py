@@ -68,6 +68,24 @@ async def test_a_process_from_the_pool_has_the_imports_and_its_own_environment(r
 
 
 @story
+async def test_a_fork_has_the_threads_of_its_device_the_server_or_its_function(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its zygote has one thread, and says so to the libraries it imports; a fork is not to keep that."""
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    async with pooled(recorder, "colorsys") as (node, _):
+        questions = Questions(node, recorder)
+        node.load(GPU, forked())
+        assert await questions.ask("env:OMP_NUM_THREADS") == "3"
+        assert await questions.ask("env:MKL_NUM_THREADS") == "8"
+        node.unload(GPU, "Forked@1")
+        node.load(GPU, forked(env={"OMP_NUM_THREADS": "2"}))
+        assert await questions.ask("env:OMP_NUM_THREADS") == "2"
+
+
+@story
 async def test_forks_draw_different_random_numbers(recorder: Recorder) -> None:
     async with pooled(recorder) as (node, _):
         questions = Questions(node, recorder)

@@ -222,7 +222,8 @@ class Lane:
             fast=spec.fast_load,
             copy_bandwidth=self.device.copy_bandwidth,
         )
-        process = ModelProcess(self, spec, order, self._source, {**spec.env, **self.device.environment()})
+        env = {**self.device.defaults(), **spec.env, **self.device.environment()}
+        process = ModelProcess(self, spec, order, self._source, env)
         self._alive.add(process)
         return process
 

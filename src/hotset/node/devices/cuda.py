@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from hotset.errors import NodeError
+from hotset.node.devices.threads import share_of_cores, thread_variables
 from hotset.vocabulary import Gpu
 
 RESERVE_BYTES = 512 * 1024 * 1024
@@ -66,16 +67,20 @@ class CudaDevice:
     device_name = "cuda:0"
     copy_bandwidth = None
 
-    def __init__(self, nvml: Nvml, handle: Any, gpu: Gpu, uuid: str) -> None:
+    def __init__(self, nvml: Nvml, handle: Any, gpu: Gpu, uuid: str, *, threads: int = 1) -> None:
         self.gpu = gpu
+        self._threads = threads
         self._nvml = nvml
         self._handle = handle
         self._uuid = uuid
 
     def environment(self) -> Mapping[str, str]:
         """By UUID: an index means another GPU to NVML than to CUDA, which counts the fastest first."""
-        as_needed = {name: value for name, value in _AS_NEEDED.items() if name not in os.environ}
-        return {"CUDA_VISIBLE_DEVICES": self._uuid, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", **as_needed}
+        return {"CUDA_VISIBLE_DEVICES": self._uuid, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+    def defaults(self) -> Mapping[str, str]:
+        as_needed = {name: os.environ.get(name, value) for name, value in _AS_NEEDED.items()}
+        return thread_variables(self._threads) | as_needed
 
     def process_bytes(self, pid: int) -> int | None:
         """From NVML, with what it started; None when none of them is listed: in a container, where NVML goes on telling
@@ -111,14 +116,16 @@ def cuda_devices(nvml: Nvml | None = None, *, node: str = "local", memory_bytes:
     """
     nvml = nvml or Nvml()
     devices = []
-    for found in visible_gpus(nvml):
+    visible = visible_gpus(nvml)
+    threads = share_of_cores(len(visible))
+    for found in visible:
         memory = nvml.ask("nvmlDeviceGetMemoryInfo", found.handle)
         if memory is None:
             continue
         kind = _text(nvml.ask("nvmlDeviceGetName", found.handle), "cuda")
         usable = memory.free - RESERVE_BYTES if memory_bytes is None else min(memory_bytes, memory.total)
         gpu = Gpu(gpu_id=f"{node}/{found.name}", memory_bytes=max(0, usable), node=node, kind=kind)
-        devices.append(CudaDevice(nvml, found.handle, gpu, found.uuid))
+        devices.append(CudaDevice(nvml, found.handle, gpu, found.uuid, threads=threads))
     if not devices:
         raise NodeError(
             "the NVIDIA driver shows no usable GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or start with"

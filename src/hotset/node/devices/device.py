@@ -28,6 +28,10 @@ class Device(Protocol):
         """Variables for the processes of this device, so that they see it and no other."""
         ...
 
+    def defaults(self) -> Mapping[str, str]:
+        """Variables for its processes that a function's own override."""
+        ...
+
     def process_bytes(self, pid: int) -> int | None:
         """Device memory a process holds; None where only the process itself can tell."""
         ...

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
+from hotset.node.devices.threads import share_of_cores, thread_variables
 from hotset.vocabulary import Gpu
-
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class VirtualDevice:
@@ -21,10 +19,10 @@ class VirtualDevice:
         self._threads = threads
 
     def environment(self) -> Mapping[str, str]:
-        """Devices compute at the same time, as GPUs do, so each takes its share of the cores, unless the server's own
-        environment says otherwise."""
-        threads = {name: str(self._threads) for name in _THREAD_VARIABLES if name not in os.environ}
-        return {"CUDA_VISIBLE_DEVICES": "", **threads}
+        return {"CUDA_VISIBLE_DEVICES": ""}
+
+    def defaults(self) -> Mapping[str, str]:
+        return thread_variables(self._threads)
 
     def process_bytes(self, pid: int) -> int | None:
         return None
@@ -51,6 +49,6 @@ def virtual_devices(
     count: int, *, memory_bytes: int, node: str = "local", copy_bandwidth: float | None = None
 ) -> list[VirtualDevice]:
     """The same as devices; the machine's cores are divided among them, each has a bus of its own."""
-    threads = max(1, len(os.sched_getaffinity(0)) // count) if count else 1
+    threads = share_of_cores(count)
     gpus = virtual_gpus(count, memory_bytes=memory_bytes, node=node)
     return [VirtualDevice(gpu, threads=threads, copy_bandwidth=copy_bandwidth) for gpu in gpus]
