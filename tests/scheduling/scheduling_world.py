@@ -336,6 +336,7 @@ class World:
         for action in actions:
             self._carry_out(action, pinned)
         self.log += actions
+        self.sizes = {name: size for name, size in self.sizes.items() if name in self.scheduler.cluster.models}
         check(self.scheduler, self.now_s)
         self._compare()
         return actions
