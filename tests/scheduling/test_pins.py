@@ -314,6 +314,18 @@ def test_a_pin_finds_the_room_that_a_copy_which_failed_leaves():
     assert pins(world) == {"g0": ["b", "c", "a"]}
 
 
+def test_a_pin_that_finds_room_late_refuses_those_who_have_none_beside_it():
+    world = World(gpus=(2.0,), models=[pinned("b", 0.5), model("d", 1.1)])
+    world.loaded("g0")
+    world.add(model("a", 1.5))
+    world.arrive("a")
+    world.add(pinned("c", 0.4))
+    world.handle(ModelAdded(pinned("a", 1.0)))
+    waits = world.arrive("d")
+    world.load_fails("g0")
+    assert world.ends[waits] is RejectReason.TOO_LARGE
+
+
 def test_lalb_keeps_the_gpu_of_a_pinned_model_for_the_older_request():
     world = World("lalb", gpus=(8.0, 2.0), models=[model("a", 2.0)])
     world.arrive("a")

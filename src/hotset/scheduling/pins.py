@@ -37,6 +37,7 @@ class Pins:
         """The models that ask for it, in the order they did."""
         self.unsettled = False
         """A pinned copy may be missing: ``next_load`` should be asked."""
+        self._moved = False
         self.wakeup_s: float | None = None
         """When a model that failed to load may be tried again."""
 
@@ -72,7 +73,13 @@ class Pins:
         for gpu_id, pins in self._plan(self._wanted()).items():
             cluster.cache.pin(cluster.gpus[gpu_id].memory, pins)
         cluster.measure_room()
+        self._moved = True
         self.unsettled, self.wakeup_s = bool(self._pinned), None
+
+    def take_moved(self) -> bool:
+        """Whether pins were placed anew since this was last asked: some models may fit nowhere any more."""
+        moved, self._moved = self._moved, False
+        return moved
 
     def models(self) -> list[str]:
         """Those that copies are kept of."""

@@ -187,6 +187,8 @@ class Scheduler:
         """Before anybody's request: a GPU that is never without work would never get to it."""
         for model in self.pins.models():
             self._shed(model)  # a pin that moved left a copy behind
+        if self.pins.take_moved():  # and some who wait without room
+            self._requests.reject_too_large(now_s)
         while (pin := self.pins.next_load(now_s)) is not None:
             if self.cluster.overlap:
                 self._copy(pin.gpu, pin.model, pin.room, None, now_s)
