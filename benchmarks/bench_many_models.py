@@ -9,13 +9,13 @@ same calls for every policy. Three loads:
 
 The server has its defaults, so a model that leaves a GPU is parked in host memory. ``--serve "--host-memory 0"`` turns
 that off: models are unloaded, as in the paper, and every miss is a load. ``--serve "--virtual-copy-bandwidth 12GB/s"``
-gives the GPUs a bus that parking and coming back must cross. First of each load comes a server whose GPUs hold all the
-models, under the same calls.
+gives the GPUs a bus that parking and coming back must cross. First of each load the default policy is called in turns
+with a server whose GPUs hold all the models (``resident_control.py``).
 
 Beside what was measured stands what the simulator predicts for the recorded trace with the learned costs, as ``hotset
 replay`` prints it. A sampler watches the reported memory and that of the processes. Everything shares the machine, the
 load generator too: on one that others use, read the ratios. Ends by itself: ``--quick`` in about 6 minutes, otherwise
-in about 18. ``--folder`` keeps what was prepared, and each run's recording, so that ``--only`` and ``--policies`` can
+in about 22. ``--folder`` keeps what was prepared, and each run's recording, so that ``--only`` and ``--policies`` can
 divide it into parts.
 """
 
@@ -53,6 +53,8 @@ from many_models import (
     weights_path,
 )
 from memory_sampler import MemoryReport, MemorySampler
+from resident_control import Control, Turn, in_turns, show_turn
+from resident_control import show as show_control
 
 from hotset.cli.bench import Body, Report, drive
 from hotset.cli.load import LoadClient
@@ -69,6 +71,8 @@ DEFAULT_RATIO_BAR = 0.15
 """The same under the default policy."""
 RESIDENT_MEAN_BAR, RESIDENT_P99_BAR = 1.15, 2.0
 """How many times the latency with every model resident the default policy may take."""
+TURN_S = 10.0
+"""How long each server is called before it is the other's turn."""
 LOOK_S = 5.0
 """How long the same load goes on, after what was measured, while the memory of the processes is looked at."""
 SEED = 1
@@ -137,6 +141,7 @@ class Outcome(msgspec.Struct, frozen=True):
     """Arguments of the servers beside the defaults."""
     resident_rate_per_s: float
     seconds: float
+    controls: list[Control]
     runs: list[Run]
 
 
@@ -165,13 +170,13 @@ def scenarios(resident_rate_per_s: float) -> list[Scenario]:
     ]
 
 
-def schedule(rate_per_s: float, seconds: float) -> list[Arrival]:
+def schedule(rate_per_s: float, seconds: float, seed: int = SEED) -> list[Arrival]:
     """The calls; the same for equal arguments."""
     popularity = Popularity(tuple(names()), Popularity.zipf(MODELS, 1.0).weights)
     workload = Synthetic(
         popularity=popularity, rate_per_minute=rate_per_s * 60, minutes=seconds / 60, process=Process.POISSON
     )
-    return list(workload.arrivals(SEED))
+    return list(workload.arrivals(seed))
 
 
 async def closed_loop(url: str, seconds: float) -> float:
@@ -226,7 +231,6 @@ class Plan(msgspec.Struct, frozen=True):
     scenario: Scenario
     policy: str
     seconds: float
-    gpu_memory: str = GPU_MEMORY
     more: Sequence[str] = ()
     """Arguments of the server."""
 
@@ -236,18 +240,33 @@ def measure(prepared: Prepared, plan: Plan) -> Run:
     calls = schedule(plan.scenario.rate_per_s, plan.seconds)
     bodies = dict.fromkeys(names(), Body(CALL))
     with (
-        deployed(prepared.data, plan.gpu_memory, plan.policy, eviction, *plan.more) as server,
+        deployed(prepared.data, GPU_MEMORY, plan.policy, eviction, *plan.more) as server,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        MemorySampler(server.url) as sampler,
+    ):
+        report = runner.run(drive(LoadClient(server.url), calls, bodies, GPUS, lambda: None))
+        recording = recorded(server, prepared.data.parent / f"{plan.policy}.ndjson")
+        sampler.looking = True
+        more_calls = schedule(plan.scenario.rate_per_s, LOOK_S)
+        runner.run(drive(LoadClient(server.url), more_calls, bodies, GPUS, lambda: None))
+    return result(plan, eviction, report, recording, sampler.report)
+
+
+def control(prepared: Prepared, plan: Plan) -> Control:
+    """The plan's server and one that holds all the models, in turns of ``TURN_S``."""
+    schedules = [
+        schedule(plan.scenario.rate_per_s, TURN_S, SEED + number) for number in range(round(plan.seconds / TURN_S))
+    ]
+    with (
+        deployed(prepared.data, AMPLE_MEMORY, plan.policy, DEFAULT_EVICTION) as resident,
+        deployed(prepared.data, GPU_MEMORY, plan.policy, DEFAULT_EVICTION, *plan.more) as limited,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        if plan.gpu_memory == AMPLE_MEMORY:
-            runner.run(closed_loop(server.url, 3.0))
-        with MemorySampler(server.url) as sampler:
-            report = runner.run(drive(LoadClient(server.url), calls, bodies, GPUS, lambda: None))
-            recording = recorded(server, prepared.data.parent / f"{plan.policy}.ndjson")
-            sampler.looking = True
-            more_calls = schedule(plan.scenario.rate_per_s, LOOK_S)
-            runner.run(drive(LoadClient(server.url), more_calls, bodies, GPUS, lambda: None))
-    return result(plan, eviction, report, recording, sampler.report)
+        runner.run(closed_loop(resident.url, 3.0))  # whatever is popular comes to be on both GPUs
+        turns: list[Turn] = runner.run(in_turns(resident, limited, schedules, show_turn))
+        recording = recorded(limited, prepared.data.parent / "control.ndjson")
+    predicted = simulated(recording, hardware_of(recording), plan.policy, DEFAULT_EVICTION)
+    return Control(turns, measured(recording).mean_latency_s, predicted.mean_latency_s)
 
 
 def recorded(server: Server, path: Path) -> Recording:
@@ -266,7 +285,7 @@ def result(plan: Plan, eviction: str, report: Report, recording: Recording, memo
     restores = [row.load_s for row in rows if not row.hit and row.warm]
     return Run(
         scenario=plan.scenario.title,
-        policy=plan.policy if plan.gpu_memory == GPU_MEMORY else "(resident)",
+        policy=plan.policy,
         eviction=eviction,
         calls=int(metrics.requests),
         failed=int(metrics.requests) - report.statuses.get("200", 0),
@@ -309,13 +328,13 @@ def show(run: Run) -> None:
     )
 
 
-def judge(scenario: Scenario, resident: Run | None, runs: Sequence[Run]) -> None:
+def judge(scenario: Scenario, runs: Sequence[Run]) -> None:
     """The bars, each with a yes or a no."""
     for reference in scenario.references:
         print(f"    {reference}")
     default = next((run for run in runs if run.policy == DEFAULT_POLICY), None)
     if default is not None:
-        judge_default(scenario, resident, default)
+        judge_default(scenario, default)
     verdict("no failed call", not any(run.failed for run in runs))
     of_paper = [run for policy in ("lalb_o3", "lalb", "lb") for run in runs if run.policy == policy]
     if len(of_paper) > 1:
@@ -328,16 +347,27 @@ def judge(scenario: Scenario, resident: Run | None, runs: Sequence[Run]) -> None
     show_memory([run.memory for run in runs])
 
 
-def judge_default(scenario: Scenario, resident: Run | None, run: Run) -> None:
+def judge_control(found: Control) -> None:
+    mean, p99 = found.mean_ratio, found.p99_ratio
+    verdict(f"{DEFAULT_POLICY}: {mean:.2f} of the resident mean (<= {RESIDENT_MEAN_BAR})", mean <= RESIDENT_MEAN_BAR)
+    verdict(f"{DEFAULT_POLICY}: {p99:.2f} of the resident p99 (<= {RESIDENT_P99_BAR:g})", p99 <= RESIDENT_P99_BAR)
+    judge_prediction(found.server_mean_s, found.predicted_mean_s)
+
+
+def judge_prediction(server_mean_s: float, predicted_mean_s: float) -> None:
+    off = abs(server_mean_s / predicted_mean_s - 1)
+    verdict(
+        f"{DEFAULT_POLICY}: mean of {server_mean_s * 1e3:.1f} ms at the server within {DEFAULT_RATIO_BAR:.0%} of the"
+        f" {predicted_mean_s * 1e3:.1f} ms predicted ({off:.0%})",
+        off <= DEFAULT_RATIO_BAR,
+    )
+
+
+def judge_default(scenario: Scenario, run: Run) -> None:
     if scenario.mean_bar_s is not None and scenario.p99_bar_s is not None:
         verdict(f"{run.policy}: mean <= {scenario.mean_bar_s * 1e3:.0f} ms", run.mean_s <= scenario.mean_bar_s)
         verdict(f"{run.policy}: p99 <= {scenario.p99_bar_s * 1e3:.0f} ms", run.p99_s <= scenario.p99_bar_s)
-    if resident is not None:
-        mean, p99 = run.mean_s / resident.mean_s, run.p99_s / resident.p99_s
-        verdict(f"{run.policy}: {mean:.2f} of the resident mean (<= {RESIDENT_MEAN_BAR})", mean <= RESIDENT_MEAN_BAR)
-        verdict(f"{run.policy}: {p99:.2f} of the resident p99 (<= {RESIDENT_P99_BAR:g})", p99 <= RESIDENT_P99_BAR)
-    off = abs(run.latency_ratio - 1)
-    verdict(f"{run.policy}: mean within {DEFAULT_RATIO_BAR:.0%} of predicted ({off:.0%})", off <= DEFAULT_RATIO_BAR)
+    judge_prediction(run.server_mean_s, run.predicted_mean_s)
 
 
 def show_memory(reports: Sequence[MemoryReport]) -> None:
@@ -391,6 +421,7 @@ def main() -> None:
     speed = machine_speed()
     print(f"this machine: {speed:.2f} times the reference, load average {os.getloadavg()[0]:.1f}", flush=True)
     runs: list[Run] = []
+    controls: list[Control] = []
     with kept(arguments.folder) as folder:
         resident_rate_per_s = prepare(folder, 0.0, 10.0).resident_rate_per_s
         print(f"every model resident, {CALLERS} callers: {resident_rate_per_s:.1f} calls/s")
@@ -399,22 +430,22 @@ def main() -> None:
                 continue
             prepared = prepare(folder, scenario.more_load_s, 1.0)
             print(f"\n{scenario.title}: {scenario.rate_per_s:.1f} calls/s for {seconds:.0f} s; times in ms")
-            print(HEADING)
-            of_scenario: list[Run] = []
-            resident = None
             if "resident" in policies:
-                resident = measure(prepared, Plan(scenario, DEFAULT_POLICY, seconds, AMPLE_MEMORY))
-                show(resident)
-            for policy in policies:
-                if policy != "resident":
-                    plan = Plan(scenario, policy, seconds, more=shlex.split(arguments.serve))
-                    of_scenario.append(measure(prepared, plan))
-                    show(of_scenario[-1])
+                plan = Plan(scenario, DEFAULT_POLICY, seconds, shlex.split(arguments.serve))
+                controls.append(control(prepared, plan))
+                show_control(controls[-1])
+                judge_control(controls[-1])
+            of_scenario: list[Run] = []
+            for policy in [policy for policy in policies if policy != "resident"]:
+                if not of_scenario:
+                    print(HEADING)
+                of_scenario.append(measure(prepared, Plan(scenario, policy, seconds, shlex.split(arguments.serve))))
+                show(of_scenario[-1])
             if of_scenario:
-                judge(scenario, resident, of_scenario)
-            runs += [resident, *of_scenario] if resident else of_scenario
+                judge(scenario, of_scenario)
+            runs += of_scenario
     if arguments.json is not None:
-        outcome = Outcome(speed, arguments.serve, resident_rate_per_s, seconds, runs)
+        outcome = Outcome(speed, arguments.serve, resident_rate_per_s, seconds, controls, runs)
         arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(outcome)))
 
 

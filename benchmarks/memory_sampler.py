@@ -19,6 +19,8 @@ from typing import Any
 
 import msgspec
 
+from hotset.node.host_memory import host_memory
+
 
 class Account(msgspec.Struct):
     """One budget, as seen so far."""
@@ -141,19 +143,17 @@ _MAPPING = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ ")
 
 
 def memory_of(pid: int) -> ProcessMemory:
+    """Counted as the node counts it (``node/host_memory.py``), and its pages of weights besides."""
     try:
         lines = Path(f"/proc/{pid}/smaps").read_bytes().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return ProcessMemory()
-    weights = private = pss = 0
+    weights_bytes = 0
     in_weights = False
     for line in lines:
         if _MAPPING.match(line):
             in_weights = line.endswith(b".safetensors")
         elif line.startswith(b"Rss:") and in_weights:
-            weights += max(0, int(line.split()[1]) * 1024 - mmap.PAGESIZE)  # the file's header
-        elif line.startswith(b"Private_Dirty:"):
-            private += int(line.split()[1]) * 1024
-        elif line.startswith(b"Pss:"):
-            pss += int(line.split()[1]) * 1024
-    return ProcessMemory(weights, private, pss)
+            weights_bytes += max(0, int(line.split()[1]) * 1024 - mmap.PAGESIZE)  # the file's header
+    memory = host_memory(pid)
+    return ProcessMemory(weights_bytes, memory.private_bytes, memory.private_bytes + memory.shared_bytes)

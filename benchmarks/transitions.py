@@ -19,8 +19,9 @@ import msgspec
 import psutil
 
 from hotset.node.history import LoadParts
+from hotset.node.host_memory import host_memory
 from hotset.node.interface import Answer, Call, LaunchSpec
-from hotset.node.manager import LocalNode, host_memory
+from hotset.node.manager import LocalNode
 from hotset.node.zygote import ZygoteSource
 from hotset.store.bundles import make_bundle
 from hotset.vocabulary import FailureKind
@@ -318,7 +319,8 @@ async def swaps(bench: Bench, count: int = 100) -> Iterator[Row]:
         if number in (1, count - 1):
             await bench.pool_full()
             family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-            sizes.append(sum(sum(host_memory(process.pid)) for process in family))
+            held = [host_memory(process.pid) for process in family]
+            sizes.append(sum(each.private_bytes + each.shared_bytes for each in held))
     await bench.driver.unload(specs[count % 2])
     change = sizes[1] / sizes[0] - 1
     return iter(
