@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import logging
 import signal
 import sys
@@ -34,6 +35,8 @@ from hotset.errors import NodeError
 from hotset.node.devices.cuda import Nvml, cuda_devices
 
 LIMIT_S = 60.0
+STUCK_AFTER_S = 60.0
+"""Beyond that a check is given up, and with it all."""
 CHECKS: Mapping[str, Check] = {
     "device": memory.device,
     "memory figures": memory.figures,
@@ -50,6 +53,7 @@ CHECKS: Mapping[str, Check] = {
     "zygote": faults.zygote,
     "isolation": faults.isolation,
     "locality": policies.locality,
+    "onnx": memory.onnx,
 }
 _COLOURS = {Outcome.PASS: "green", Outcome.FAIL: "red", Outcome.SKIP: "yellow"}
 
@@ -76,10 +80,13 @@ async def run_checks(names: Sequence[str], setup: Setup, progress: Console) -> l
     records = []
     try:
         for name in names:
+            # A driver that does not return from a call stops this process too; nobody is to wait for that for ever.
+            faulthandler.dump_traceback_later(LIMIT_S + STUCK_AFTER_S, exit=True, file=sys.__stderr__)
             with progress.status(name):
                 records.append(await run_check(name, CHECKS[name], setup))
             progress.print(f"{records[-1].outcome.value} {name} ({records[-1].seconds:.1f} s)", highlight=False)
     finally:
+        faulthandler.cancel_dump_traceback_later()
         setup.close()
     return records
 

@@ -20,6 +20,8 @@ MOST_CONTEXT_MIB = 1024
 SLACK_MIB = 64
 """What drivers and allocators round up."""
 SETTLED_WITHIN_S = 5.0
+ONNX_RUNTIME_MIB = 64
+"""On a virtual GPU a session is counted with what its process grew by, ONNX Runtime itself included."""
 COMPUTE_MODE_DEFAULT = 0
 """NVML_COMPUTEMODE_DEFAULT; the others are for one process at a time, or none."""
 SWAPS = 20
@@ -139,6 +141,20 @@ async def residency(setup: Setup, found: Findings) -> None:
     if nvml:
         found.figures |= {"before_mib": before_mib, "after_mib": after_mib, "memory_back_s": back_s}
         found.expect(after_mib <= before_mib + SLACK_MIB, f"{after_mib - before_mib:.0f} MiB did not come back")
+
+
+async def onnx(setup: Setup, found: Findings) -> None:
+    """ONNX Runtime computes on the GPU, and the node counts what it takes there, which PyTorch knows nothing of."""
+    setup.need_torch()
+    spec = setup.probe(3, "OnnxProbe", module="onnx_probe", PROBE_ONNX=str(setup.onnx_model))
+    room_bytes = 4 * setup.model_bytes + ONNX_RUNTIME_MIB * MIB if setup.virtual else None
+    async with setup.node(memory_bytes=room_bytes) as node:
+        loaded = await node.load(spec)
+        answer = await node.ask(spec, "scale", 7.0)
+        node_mib = loaded.memory_bytes / MIB
+        found.figures |= {"weights_mib": setup.model_mib, "node_mib": node_mib, "load_s": loaded.load_s}
+        found.expect(answer["value"] == 21.0, f"3 times 7 was {answer['value']}")
+        found.expect(node_mib >= setup.model_mib, "the node counts less than the weights")
 
 
 async def allocator(setup: Setup, found: Findings) -> None:

@@ -9,7 +9,7 @@ from statistics import mean
 import msgspec
 
 from gpu_checks.record import Findings
-from gpu_checks.setup import MIB, Setup
+from gpu_checks.setup import MIB, Setup, in_time
 from hotset.gateway import readings
 from hotset.gateway.calls import Result
 from hotset.gateway.control import Control
@@ -60,7 +60,7 @@ async def retried(setup: Setup, found: Findings) -> None:
         loads = next(each.misses for each in control.functions.metrics() if each.function == "probe1")
         problem = readings.problem(control)
     finally:
-        await control.stop()
+        await in_time(control.stop())
     found.figures |= {"status": poisoned.record.status, "loads": loads, "answer": bytes(poisoned.body).decode()}
     found.expect(poisoned.record.status == 502, f"the call ended with {poisoned.record.status}")
     found.expect(loads == 3, f"its model was loaded {loads} times, not once for each try and once for the next call")
@@ -88,7 +88,7 @@ async def locality(setup: Setup, found: Findings) -> None:
             results = await _load(control, calls, gap_s)
             misses[policy] = sum(each.misses for each in control.functions.metrics())
         finally:
-            await control.stop()
+            await in_time(control.stop())
         failed = [result for result in results if result.record.status != 200]
         found.expect(not failed, f"{policy}: {len(failed)} calls failed")
         found.figures |= {

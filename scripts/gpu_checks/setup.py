@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ LAYER_MIB = 4
 CALL_LIMIT_S = 40.0
 GONE_WITHIN_S = 10.0
 ZYGOTE_WITHIN_S = 40.0
+STOPPED_WITHIN_S = 15.0
 POOL_SIZE = 1
 FRAMEWORKS = ("torch", "safetensors", "safetensors.torch", "numpy")
 """What the probes import."""
@@ -107,6 +108,31 @@ class Setup:
         return path
 
     @cached_property
+    def onnx_model(self) -> Path:
+        """The same weights as an ONNX model. Raises ``Unavailable`` where there is nothing to make or run it with."""
+        try:
+            import onnx
+            import onnxruntime  # type: ignore[import-untyped]
+        except ModuleNotFoundError as error:
+            raise Unavailable(f"needs {error.name}: install onnx, and onnxruntime-gpu on a GPU") from None
+        if not self.virtual and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise Unavailable("this onnxruntime knows no CUDA: install onnxruntime-gpu in its place")
+        layers = range(self.model_mib // LAYER_MIB)
+        identity = numpy.eye(WIDTH, dtype=numpy.float32)
+        first, last = (
+            onnx.helper.make_tensor_value_info(f"x{number}", onnx.TensorProto.FLOAT, [1, WIDTH])
+            for number in (0, len(layers))
+        )
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node("MatMul", [f"x{each}", f"w{each}"], [f"x{each + 1}"]) for each in layers],
+            *("identities", [first], [last]),
+            [onnx.numpy_helper.from_array(identity, f"w{each}") for each in layers],
+        )
+        path = self.folder / "identities.onnx"
+        onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), path)
+        return path
+
+    @cached_property
     def torch_cuda(self) -> str:
         """The CUDA version that torch is built for, empty without; asked in a process of its own."""
         source = "import torch; print(torch.version.cuda or '')"
@@ -124,11 +150,11 @@ class Setup:
         if self.nvml is not None and not self.torch_cuda:
             raise Unavailable("torch is built without CUDA: install a build with it")
 
-    def probe(self, number: int = 1, entry: str = "Probe", **env: str) -> LaunchSpec:
-        """The spec of one of the functions in ``functions/probe.py``; a Probe multiplies by its ``number``."""
+    def probe(self, number: int = 1, entry: str = "Probe", *, module: str = "probe", **env: str) -> LaunchSpec:
+        """The spec of one of the functions in ``functions/``; a Probe multiplies by its ``number``."""
         return LaunchSpec(
             model=f"{entry.lower()}{number}@1",
-            entry=f"probe:{entry}",
+            entry=f"{module}:{entry}",
             code_path=str(FUNCTIONS),
             python=sys.executable,
             env={"PROBE_WEIGHTS": str(self.weights), "PROBE_FACTOR": str(number)} | env,
@@ -162,7 +188,17 @@ class Setup:
         try:
             yield driven
         finally:
-            await driven.node.stop()
+            await in_time(driven.node.stop())
+
+
+async def in_time(stopping: Awaitable[None]) -> None:
+    """Raises ``TimeoutError`` when processes cannot even be killed, as in a driver that hangs."""
+    try:
+        async with asyncio.timeout(STOPPED_WITHIN_S):
+            await stopping
+    except TimeoutError:
+        problem = f"GPU processes could not be ended within {STOPPED_WITHIN_S:g} s: see what dmesg says of NVRM"
+        raise TimeoutError(problem) from None
 
 
 async def zygote_ready(source: ZygoteSource) -> None:

@@ -15,6 +15,7 @@ import gpu_check
 import pytest
 import torch
 from gpu_checks import copies, memory
+from gpu_checks import setup as checks_setup
 from gpu_checks.functions import probe
 from gpu_checks.record import Check, Findings, Outcome, Record, Unavailable
 from gpu_checks.setup import Loaded, Parked, Setup
@@ -110,7 +111,7 @@ def on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
     def run(check: Check, nvml: FakeNvml, memory_mib: float = 600.0, **answers: dict[str, Any]) -> Record:
         @asynccontextmanager
-        async def node(self: Setup) -> AsyncIterator[ScriptedNode]:
+        async def node(self: Setup, memory_bytes: int | None = None) -> AsyncIterator[ScriptedNode]:
             yield ScriptedNode(answers, memory_mib)
 
         monkeypatch.setattr(Setup, "node", node)
@@ -274,6 +275,27 @@ def test_a_models_figure_is_held_against_torch_and_the_device(on_a_gpu: Scripted
     assert "another PID namespace" in record.why
     record = on_a_gpu(memory.figures, FakeNvml(0, 100), memory_mib=100, device=SEEN)
     assert "the node counts less than the weights" in record.why
+
+
+def test_what_onnx_takes_must_be_counted(on_a_gpu: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Setup, "onnx_model", Path("identities.onnx"))
+    assert on_a_gpu(memory.onnx, FakeNvml(), scale={"value": 21.0}).outcome is Outcome.PASS
+    record = on_a_gpu(memory.onnx, FakeNvml(), memory_mib=9, scale={"value": 20.0})
+    assert record.why == "3 times 7 was 20.0; the node counts less than the weights"
+
+
+def test_an_onnxruntime_without_cuda_is_no_failure(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this one knows CUDA")
+    with pytest.raises(Unavailable, match="onnxruntime-gpu"):
+        _ = Setup(tmp_path, nvml_library=FakeNvml(), model_mib=4).onnx_model
+
+
+def test_processes_that_cannot_be_ended_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks_setup, "STOPPED_WITHIN_S", 0.01)
+    with pytest.raises(TimeoutError, match="dmesg"):
+        asyncio.run(checks_setup.in_time(asyncio.sleep(60)))
 
 
 def test_memory_that_does_not_come_back_is_found(on_a_gpu: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
