@@ -107,3 +107,30 @@ def test_a_call_alone_in_its_run_held_the_gpu_until_its_answer_was_there() -> No
 
     assert alone == pytest.approx(0.13)
     assert joined == [BASE_S + 2 * EACH_S] * 2, "what two calls of a burst waited for each other is no one's run"
+
+
+def test_a_call_that_waited_for_a_gpu_holds_it_from_the_answer_before() -> None:
+    """Handing a GPU over takes 4 ms; who waits for half a second beside a free GPU waits for something else."""
+    first, second, third = recorded(1, 1, 1, max_batch=1).rows
+    second, third = (
+        msgspec.structs.replace(row, queue_s=row.queue_s + late_s, duration_s=row.duration_s + late_s)
+        for row, late_s in ((second, 0.004), (third, 0.504))
+    )
+    recording = Recording(recorded(1, max_batch=1).header, [first, second, third])
+
+    taken_s = [arrival.inference_s for arrival in arrivals_of(recording)]
+
+    assert taken_s == [pytest.approx(0.1), pytest.approx(0.104), pytest.approx(0.1)]
+
+
+def test_a_call_that_found_the_gpu_free_holds_it_only_from_then_on() -> None:
+    first, second = recorded(1, 1, max_batch=1).rows
+    came_late = msgspec.structs.replace(
+        second, arrival_s=first.arrival_s + first.duration_s + 0.001, queue_s=0.002, duration_s=0.102
+    )
+
+    *_, taken_s = (
+        each.inference_s for each in arrivals_of(Recording(recorded(1, max_batch=1).header, [first, came_late]))
+    )
+
+    assert taken_s == pytest.approx(0.1)

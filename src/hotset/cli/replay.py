@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ FIGURES = ("mean_latency_s", "p50_latency_s", "p95_latency_s", "p99_latency_s", 
 
 _ONE_MOMENT_S = 10e-6
 """Above what rounding to microseconds does to the start of a run, below what a run takes."""
+
+LONGEST_TURNOVER_S = 0.01
+"""A call that waited longer at a GPU that was free waited for something else."""
 
 
 class Recording(msgspec.Struct, frozen=True):
@@ -236,15 +240,29 @@ def batch_cost(recording: Recording, function: str) -> BatchCost | None:
 def arrivals_of(recording: Recording) -> Iterator[Arrival]:
     """The recorded calls as the simulator's arrivals. How long a batch ran says little of a single call: where the
     function batches, that is left to its line. A call that had its run to itself kept its GPU until its answer was
-    there, and so it does here: on a busy machine the way to the process and back is a good part of that."""
+    there, from the answer before it if it waited for that, and so it does here: on a busy machine the way to the
+    process and back is a good part of that, and a queue adds up every one of them."""
     start_s = recording.rows[0].arrival_s
     models = recording.header.models
-    alone = {id(run[0]) for run in _runs(recording.rows) if len(run) == 1}
+    runs = _runs(recording.rows)
+    alone = {id(run[0]) for run in runs if len(run) == 1}
+    turnovers = _turnovers(runs)
     for row in recording.rows:
         run_s = row.inference_s if models[row.function].max_batch == 1 else None
         if run_s is not None and id(row) in alone:
-            run_s = max(run_s, row.duration_s - row.queue_s - row.load_s)
+            run_s = max(run_s, row.duration_s - row.queue_s - row.load_s) + turnovers.get(id(row), 0.0)
         yield Arrival(row.arrival_s - start_s, row.function, run_s, row.caller, row.weight, row.priority)
+
+
+def _turnovers(runs: Sequence[Sequence[TraceRow]]) -> dict[int, float]:
+    """Seconds from a GPU's last answer to the start of the next call (by ``id``), where that waited for it."""
+    turnovers = {}
+    for before, (row, *_) in itertools.pairwise(runs):
+        free_s = max(each.arrival_s + each.duration_s for each in before)
+        turnover_s = row.arrival_s + row.queue_s - free_s
+        if before[0].gpu_id == row.gpu_id and row.arrival_s < free_s and 0 < turnover_s < LONGEST_TURNOVER_S:
+            turnovers[id(row)] = turnover_s
+    return turnovers
 
 
 def config_of(recording: Recording) -> SchedulerConfig:
