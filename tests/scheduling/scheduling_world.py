@@ -350,8 +350,9 @@ class World:
                 assert self.config.overlap or device.running is None, f"{action} while {device} is busy"
                 assert action.model not in device.resident, f"{action}: it is there"
                 pinned = action.model in self.scheduler.cache.memory(action.gpu_id).pinned
-                guessed = action.request_id is None and self.config.prefetch_recurring
-                assert action.request_id in self.open or pinned or guessed, f"{action} for a request that ended"
+                unasked = self.config.prefetch_recurring or (self.config.overlap and self.config.host_memory_bytes > 0)
+                ahead = action.request_id is None and unasked
+                assert action.request_id in self.open or pinned or ahead, f"{action} for a request that ended"
                 others = (other for other in self.devices.values() if other is not device)
                 if isinstance(action, Load):
                     assert action.model not in device.parked, f"{action}: it is parked there"

@@ -302,3 +302,42 @@ def test_a_run_that_fails_too_late_is_not_tried_again():
     world.wait(6.0)
     world.run_fails("g0")
     assert world.ends[request] is RejectReason.DEADLINE
+
+
+class TestFootholds:
+    """With host memory: a busy model's next GPU, to be restored on ever after."""
+
+    def world(self, host_gib: float = 8.0, calls: int = 8) -> World:
+        """``a``, called so often, runs on g0; ``b`` on g1."""
+        world = lanes(gpus=(2.0, 2.0), host_gib=host_gib)
+        for name in "ab":
+            world.arrive(name)
+        for name in "ab" + calls * "a":
+            world.drain()
+            world.arrive(name)
+        assert [world.doing("g0"), world.doing("g1")] == ["running a", "idle"]
+        world.wait(1.0)
+        return world
+
+    def test_a_model_whose_holder_is_busy_is_brought_to_a_gpu_that_computes(self):
+        world = self.world()
+        world.arrive("b")
+        assert [world.doing("g0"), world.doing("g1")] == ["running a", "running b, loading a"]
+        assert world.scheduler.prefetches == 1
+        world.drain()
+        world.arrive("a")
+        world.arrive("a")
+        assert [world.doing("g0"), world.doing("g1")] == ["running a", "running a"]
+        assert world.scheduler.cache.useless_prefetches == 0
+
+    @pytest.mark.parametrize(("host_gib", "calls"), [(0.0, 8), (0.5, 8), (8.0, 1)])
+    def test_not_without_room_to_park_it_nor_for_one_that_is_rarely_called(self, host_gib: float, calls: int):
+        world = self.world(host_gib, calls)
+        world.arrive("b")
+        assert world.doing("g1") == "running b"
+
+    def test_not_for_a_model_that_is_to_go(self):
+        world = self.world()
+        world.remove("a")
+        world.arrive("b")
+        assert world.doing("g1") == "running b"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from scheduling_world import GIB, World, model
 
-from hotset.scheduling.actions import Restore
+from hotset.scheduling.actions import Load, Restore
 from hotset.scheduling.cache import Resident
 from hotset.scheduling.config import SchedulerConfig
+from hotset.scheduling.holders import MANY_COPIES
 from hotset.scheduling.policies.hotset import _load_on
 from hotset.scheduling.prices import MOST_COMPARED, PricedResident, _cheap, _cheapest
 from hotset.scheduling.rates import LEAST_HISTORY_S, MEMORY_S, ArrivalRates
@@ -65,6 +66,44 @@ class TestTiers:
         before = len(world.log)
         world.arrive(name)
         assert [action.gpu_id for action in world.log[before:] if isinstance(action, Restore)] == [holder]
+
+    def test_a_foothold_is_worth_less_the_more_there_are_and_nothing_without_room(self):
+        worth = []
+        for host_gib, holders in ((8.0, 1), (8.0, 2), (1.5, 2)):
+            world = self.world(host_gib=host_gib, gpus=(1.0, 1.0))
+            for _ in range(5):
+                warm(world, "a", "b")
+            cluster = world.scheduler.cluster
+            gpu = cluster.gpus[next(gpu_id for gpu_id in world.devices if gpu_id not in cluster.cache.holders("a"))]
+            if holders == 2:
+                cluster.cache.park(gpu.memory, Resident("a", GIB, 0.0))
+            worth.append(cluster.prices.foothold_s(gpu, "a", world.now_s))
+        assert worth[0] > worth[1] > worth[2] == 0.0
+
+    def test_beyond_many_gpus_a_foothold_more_is_worth_nothing(self):
+        world = self.world(host_gib=16.0, gpus=(1.0,) * 10)
+        warm(world, *(9 * "a"))
+        cluster = world.scheduler.cluster
+        (holder,) = cluster.cache.holders("a")
+        first, *others = (gpu for gpu in cluster.gpus.values() if gpu.gpu_id != holder)
+        worth = [cluster.prices.foothold_s(first, "a", world.now_s)]
+        for gpu in others:
+            cluster.cache.park(gpu.memory, Resident("a", GIB, 0.0))
+            worth.append(cluster.prices.foothold_s(first, "a", world.now_s))
+        assert min(worth[:MANY_COPIES]) > worth[MANY_COPIES] == 0.0
+        assert sorted(worth, reverse=True) == worth
+
+    def test_a_line_gets_its_models_next_gpu_sooner_where_it_can_be_parked_there(self):
+        loads = {}
+        for host_gib in (0.0, 8.0):
+            config = SchedulerConfig(host_memory_bytes=int(host_gib * GIB))
+            world = World("hotset", eviction="hotset", gpus=(1.0, 1.0), config=config)
+            warm(world, *"ab", *(8 * "a"))
+            world.arrive("a")
+            before = len(world.log)
+            world.arrive("a")
+            loads[host_gib] = [action.model for action in world.log[before:] if isinstance(action, Load)]
+        assert loads == {0.0: [], 8.0: ["a"]}
 
     def test_a_load_beside_runs_keeps_nobody_waiting_but_by_its_run(self):
         totals = {}

@@ -3,12 +3,15 @@
 For requests that wait: no policy has a part in it. It acts only when none of the GPUs that a policy could have chosen
 is left, for models that no GPU holds. The request stays in the global queue and is an ordinary hit once its model is
 HOT and a GPU is free. For requests that are expected (``recurrence.py``): only while nobody waits for a model that no
-GPU holds, in free memory or in place of what is worth less than the guess.
+GPU holds, in free memory or in place of what is worth less than the guess. For models that run now, while their holders
+are busy and there is room to park them: on GPUs that compute and on which they are not WARM yet, as all later calls can
+have them back there by a restore.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import chain, islice
 
 import msgspec
@@ -24,7 +27,9 @@ MOST_LINES = 64
 MOST_GPUS = 16
 """GPUs that are compared for one guess, those idle longest first."""
 TRY_AGAIN_S = 0.25
-"""After a guess found no place."""
+"""After a guess, or a foothold, found no place."""
+LANE_PRICE = 0.1
+"""Waiting that a second of a copy lane, spent on what nobody waits for, causes elsewhere."""
 
 
 class LoadAhead(msgspec.Struct, frozen=True, gc=False):
@@ -32,7 +37,7 @@ class LoadAhead(msgspec.Struct, frozen=True, gc=False):
 
     model: str
     entry: Entry | None
-    """The oldest request that waits for it; None: nobody does yet."""
+    """The oldest request that waits for it; None: it is not for those that wait."""
     gpu: GpuState
     room: Room
 
@@ -40,8 +45,8 @@ class LoadAhead(msgspec.Struct, frozen=True, gc=False):
 class Prefetcher:
     """Chooses what to load ahead. Linear in GPUs, while all of them are taken and somebody waits for a cold model.
 
-    On each GPU at most one model was loaded ahead for requests that wait, and one for requests that are expected, and
-    not used yet; so there are never more useless prefetches than loads that requests were bound to, and guesses.
+    On each GPU at most one model was loaded ahead for requests that wait, and one for later ones, and not used yet; so
+    there are never more useless prefetches than loads that requests were bound to, guesses and footholds.
     """
 
     def __init__(self, cluster: Cluster, transitions: Transitions, recurrence: Recurrence | None = None) -> None:
@@ -50,6 +55,8 @@ class Prefetcher:
         self._recurrence = recurrence
         self._try_s = 0.0
         """When guesses are looked at next."""
+        self._try_foothold_s = 0.0
+        """The same for footholds."""
 
     def next_load(self, now_s: float) -> LoadAhead | None:
         """The next one, or None when there is nothing more to load ahead; called again after each was started."""
@@ -57,10 +64,10 @@ class Prefetcher:
         if self._recurrence is not None:
             self._recurrence.advance(now_s)
         if any(gpu.memory.copying is None for gpu in cluster.idle):
-            return self._next_guess(now_s)  # the policy had its choice
+            return self._next_unasked(now_s)  # the policy had its choice
         wanted = self._cold()
         if not wanted:
-            return self._next_guess(now_s)
+            return self._next_unasked(now_s)
         free = [gpu for gpu in cluster.gpus.values() if gpu.memory.copying is None and not _has_unused(gpu)]
         free.sort(key=lambda gpu: (gpu.finish_s, gpu.index))
         for model in wanted:
@@ -78,31 +85,63 @@ class Prefetcher:
         copies = self._cluster.cache.copies
         return [model for model in islice(self._cluster.queue.models, MOST_LINES) if not copies(model)]
 
+    def _next_unasked(self, now_s: float) -> LoadAhead | None:
+        """What nobody waits for, while nobody waits for a model that no GPU holds."""
+        may_guess = self._recurrence is not None and self._recurrence.expected and now_s >= self._try_s
+        may_settle = self._cluster.cache.host_memory_bytes and now_s >= self._try_foothold_s
+        if not (may_guess or may_settle) or self._cold():
+            return None
+        guess = self._next_guess(now_s) if may_guess else None
+        return guess or (self._next_foothold(now_s) if may_settle else None)
+
+    def _next_foothold(self, now_s: float) -> LoadAhead | None:
+        """Of the models that run, the one that most wants one GPU more to be quickly back on, and the cheapest."""
+        cluster, best, most = self._cluster, None, LANE_PRICE
+        busy = list(islice((gpu for gpu in cluster.gpus.values() if gpu.work is not None), MOST_GPUS))
+        free = [gpu for gpu in busy if gpu.memory.copying is None and not _has_guess(gpu)]
+        for model in dict.fromkeys(gpu.work.model for gpu in busy if gpu.work is not None) if free else ():
+            load_s = cluster.profiles.load_s(model, free[0].kind)
+            if load_s and model not in cluster.removed and not self._is_coming(model):
+                worth = cluster.prices.foothold_s(free[0], model, now_s) / load_s
+                if worth > most:
+                    best, most = model, worth
+        if best is not None:
+            warm = {*cluster.cache.holders(best), *cluster.cache.parked_on(best)}
+            ahead = self._cheapest(best, [gpu for gpu in free if gpu.gpu_id not in warm], most - LANE_PRICE, now_s)
+            if ahead is not None:
+                return ahead
+        self._try_foothold_s = now_s + TRY_AGAIN_S
+        return None
+
+    def _is_coming(self, model: str) -> bool:
+        gpus = self._cluster.gpus
+        return any(gpus[gpu_id].memory.copying == model for gpu_id in self._cluster.cache.holders(model))
+
     def _next_guess(self, now_s: float) -> LoadAhead | None:
         recurrence = self._recurrence
-        if recurrence is None or not recurrence.expected or now_s < self._try_s or self._cold():
-            return None
+        assert recurrence is not None
+        gpus = list(islice(chain(self._cluster.idle, self._cluster.gpus.values()), MOST_GPUS))
         for model, expected in recurrence.expected.items():
-            ahead = self._cheapest(model, expected.likely, now_s)
+            ahead = self._cheapest(model, gpus, expected.likely, now_s)
             if ahead is not None:
                 recurrence.guessed(model)
                 return ahead
         self._try_s = now_s + TRY_AGAIN_S
         return None
 
-    def _cheapest(self, model: str, likely: float, now_s: float) -> LoadAhead | None:
-        """Where the guess costs others least; None: nowhere less than it may save."""
+    def _cheapest(self, model: str, gpus: Iterable[GpuState], worth: float, now_s: float) -> LoadAhead | None:
+        """Where the load costs others least; None: nowhere less than it is worth, per second of it."""
         cluster = self._cluster
         best: LoadAhead | None = None
         least_s = math.inf
-        for gpu in islice(chain(cluster.idle, cluster.gpus.values()), MOST_GPUS):
+        for gpu in gpus:
             if gpu.memory.copying is not None or not cluster.fits(gpu, model) or _has_guess(gpu):
                 continue
             room = self._transitions.room(gpu, model, now_s, spared=self._about_to_run(gpu))
             if room is None:
                 continue
             price_s = cluster.prices.price_s(gpu, room.victims, now_s) if room.victims else 0.0
-            if price_s < min(least_s, likely * cluster.load_s(model, gpu)):
+            if price_s < min(least_s, worth * cluster.load_s(model, gpu)):
                 best, least_s = LoadAhead(model, None, gpu, room), price_s
         return best
 

@@ -25,6 +25,8 @@ HORIZON_RUNS = 4.6
 again then. In runs, so that models of ten milliseconds are treated as those of a second are."""
 HORIZON_LOADS = 4.3
 """The same for a model's last copy, in typical loads: what is lost is a load."""
+HORIZON_PARKED_S = 12.0
+"""The same for one GPU more that a model can be back on by a restore: it stays parked there whatever comes next."""
 LEAST_UTILISATION, MOST_UTILISATION = 0.3, 0.98
 """A GPU is never taken to be free, or busy, for certain."""
 FRESH_SHARE = 0.05
@@ -223,6 +225,24 @@ class Prices:
         if outlook.another_copy_s is None:
             outlook.another_copy_s = self._saving_s(outlook, model, now_s)
         return outlook.another_copy_s
+
+    def foothold_s(self, gpu: GpuState, model: str, now_s: float) -> float:
+        """Waiting that one GPU more, on which the model is HOT or WARM, would save within the horizon; 0 where there is
+        no room to park it.
+
+        Who finds all of them busy waits for half a run on average, or for a load elsewhere.
+        """
+        cache = self._cache
+        if gpu.memory.host.free_bytes < self._cluster.models[model].memory_bytes:
+            return 0.0
+        places = {*cache.holders(model), *cache.parked_on(model)}
+        if len(places) > MANY_COPIES:
+            return 0.0
+        outlook = self.outlook(model, gpu, now_s)
+        gpus, waiting_s = self._cluster.gpus, min(outlook.load_s, outlook.run_s / 2)
+        for gpu_id in places:
+            waiting_s *= self.utilisation(gpus[gpu_id], now_s)
+        return outlook.per_s * HORIZON_PARKED_S * waiting_s
 
     def _saving_s(self, outlook: Outlook, model: str, now_s: float) -> float:
         copies = outlook.copies

@@ -180,7 +180,7 @@ class Scheduler:
             else:
                 queue.take(entry, Place.ASSIGNED, skips=placement.skips)
                 self._start(gpu, entry, placement.rule, now_s)
-        if self._prefetcher is not None and (queue.waiting or self._recurrence is not None):
+        if self._prefetcher is not None:
             self._load_ahead(self._prefetcher, now_s)
 
     def _load_pinned(self, now_s: float) -> None:

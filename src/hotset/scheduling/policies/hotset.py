@@ -243,6 +243,8 @@ class Hotset:
             load_s = _soonest_s(cluster, outlook)
             wait_s = _wait_for(cluster, holder, model, line[0], now_s)
             gain_s = prices.another_copy_s(gpu, model, now_s) - gpu_time_price * load_s
+            if load_s == outlook.load_s:  # no idle GPU could restore it: from now on one can
+                gain_s += prices.foothold_s(gpu, model, now_s)
             urgent_s, helped = 0.0, 1
             if len(line) > 1 or wait_s > load_s:
                 inference_s = _each_s(cluster, outlook, gpu, len(line))
