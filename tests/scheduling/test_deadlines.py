@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scheduling_world import End, World
+from scheduling_world import End, World, model
 
 from hotset.scheduling.config import SchedulerConfig
 from hotset.vocabulary import RejectReason
@@ -94,6 +94,16 @@ class TestRefusals:
         world.wait(2.0)
         assert world.ends[request_id] is RejectReason.HOPELESS
 
+    def test_where_nothing_takes_time_nobody_waits_past_his_deadline_either(self):
+        world = World("lb", models=[model("a", load_s=0.0, inference_s=0.0)])
+        world.arrive("a")
+        world.loaded("g0", load_s=0.0)
+        world.finish("g0", inference_s=0.0)
+        world.arrive("a")
+        request_id = world.arrive("a", patience_s=2.0)
+        world.wait(2.0)
+        assert world.ends[request_id] is RejectReason.DEADLINE
+
     def test_a_run_that_has_begun_is_never_late(self):
         world = World("lb")
         request_id = world.arrive("a", patience_s=6.0)
@@ -123,8 +133,6 @@ class TestRefusals:
 
 
 def model_without_figures():
-    from scheduling_world import model
-
     return model("new", load_s=None, inference_s=None)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from scheduling_world import GIB, World, model
+from scheduling_world import GIB, End, World, model
 
+from hotset.scheduling.config import SchedulerConfig
 from hotset.vocabulary import RejectReason
 
 
@@ -162,3 +163,20 @@ class TestWhatHappensMeanwhile:
         world.add(model("a", 4.0, max_batch=3, max_batch_wait_s=0.5))
         assert world.ends[held] is RejectReason.TOO_LARGE
         assert world.scheduler.cluster.models["a"].memory_bytes == 4 * GIB
+
+
+def test_one_that_came_out_of_a_batch_survives_its_process_and_then_its_gpu():
+    batching = model("a", max_batch=2, max_batch_wait_s=0.5)
+    world = World("lb", gpus=(2.0, 1.0), models=[batching], config=SchedulerConfig(overlap=True))
+    first = world.arrive("a")
+    world.wait(0.5)
+    second = world.arrive("a")
+    world.loaded("g0")
+    assert world.running("g0") == (first, second), "the second never was in a queue"
+    world.run_fails("g0")
+    world.lose("g1")
+    assert world.local("g0") == [second]
+    world.join(2.0)
+    world.lose("g0")
+    world.drain()
+    assert world.ends == {first: End.ANSWERED, second: End.ANSWERED}

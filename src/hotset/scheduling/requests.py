@@ -105,7 +105,7 @@ class OpenRequests:
                 self.withdraw(entry)
                 self.reject(entry, self._admission.hopeless(entry.request, need_s, now_s), now_s)
             elif pressing_s > now_s:
-                self._look_again(entry, pressing_s)
+                self._look_again(entry, min(pressing_s, deadline_s))
             else:
                 if not entry.pressed:
                     self._cluster.queues.press(entry)

@@ -131,9 +131,12 @@ class Queues:
         entry.queue.take(entry, place, skips=skips)
 
     def give_back(self, entries: list[Entry]) -> None:
-        """Take back requests that had left their queues."""
+        """Take back requests that had left their queues; whoever came out of a batch that gathered never was in one."""
         for queue in self.all:
             queue.give_back([entry for entry in entries if entry.queue is queue])
+        for entry in entries:
+            if entry.queue is None:
+                self.push(entry)
 
     # Turns
 
