@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
+from random import Random
+
+import pytest
 from scheduling_world import End, World, model
 
 from hotset.scheduling.actions import Load
+from hotset.scheduling.cluster import Cluster
+from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.policies import PolicySettings, make_policy
-from hotset.scheduling.policies.mqfq_sticky import MqfqSticky
+from hotset.scheduling.policies.interface import Placement, Rule
+from hotset.scheduling.policies.mqfq_sticky import FORGOTTEN_AT, MqfqSticky
 
 
 def loads(world: World) -> list[tuple[str, str]]:
     return [(action.gpu_id, action.model) for action in world.log if isinstance(action, Load)]
+
+
+class Compared(MqfqSticky):
+    """Beside the ranking, the rule as it is stated: every flow is looked at for every decision."""
+
+    def __init__(self, settings: PolicySettings) -> None:
+        super().__init__(settings)
+        self.starts_s: dict[str, float] = {}
+        self.time_s = 0.0
+        self.placed = 0
+
+    def next_placement(self, cluster: Cluster, now_s: float) -> Placement | None:
+        lines, starts_s, options = cluster.queue.models, self.starts_s, []
+        if cluster.idle and lines:
+            for name in lines:
+                starts_s[name] = max(starts_s.get(name, 0.0), self.time_s)
+            self.time_s = max(self.time_s, min(starts_s[name] for name in lines))
+            for name, line in lines.items():
+                holder = cluster.idle_holder(name)
+                gpu = holder or cluster.first_idle(name)
+                if gpu is not None and starts_s[name] - self.time_s <= self.overrun_s:
+                    options.append((holder is None, starts_s[name], line[0].seq, gpu.gpu_id))
+        placement = super().next_placement(cluster, now_s)
+        if placement is None:
+            assert not options
+        else:
+            entry, gpu = placement.entry, placement.gpu
+            missing = placement.rule is Rule.FAIR_MISS
+            assert (missing, starts_s[entry.model], entry.seq, gpu.gpu_id) == min(options)
+            starts_s[entry.model] += cluster.inference_s(entry.model, gpu)
+            self.placed += 1
+        return placement
 
 
 class TestMqfqSticky:
@@ -52,18 +90,41 @@ class TestMqfqSticky:
         world.serve("g0")
         assert world.doing("g0") == "loading c", "a has had two runs, c none"
 
-    def test_an_account_is_kept_for_a_while_and_then_closed(self):
-        world = World("mqfq_sticky", gpus=(2.0,))
+    def test_flows_with_which_the_others_have_caught_up_are_forgotten(self):
+        names = [f"f{number}" for number in range(3 * FORGOTTEN_AT)]
+        world = World("mqfq_sticky", gpus=(2.0,), models=names)
         policy = world.scheduler.policy
         assert isinstance(policy, MqfqSticky)
-        world.arrive("a")
-        world.serve("g0")
-        world.arrive("b")
-        world.serve("g0")
-        for _ in range(3):
-            world.arrive("b")
-            world.serve("g0")
-        assert set(policy._flows) == {"b"}
+        for name in names:
+            for _ in range(2):
+                world.arrive(name)
+                world.serve("g0")
+        assert 0 < len(policy._flows) <= 2 * FORGOTTEN_AT
+        assert names[-1] in policy._flows, "it is ahead of all others"
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_the_ranking_says_what_a_look_at_every_flow_says(self, overlap: bool):
+        """Through GPUs that leave and join: with overlap, requests come back to their places in the queue."""
+        random, names = Random(1), [f"f{number}" for number in range(12)]
+        models = [model(name, random.choice((0.5, 1.0, 1.5))) for name in names]
+        config = SchedulerConfig(overlap=overlap)
+        world = World("mqfq_sticky", gpus=(2.0,) * 3, models=models, config=config)
+        world.scheduler.policy = policy = Compared(PolicySettings(overrun_s=3.0))
+        for step in range(2_000):
+            if step % 40 == 39:
+                world.lose(random.choice(list(world.devices)))
+                world.join(2.0)
+            elif random.random() < 0.6 and len(world.open) < 40:
+                world.arrive(random.choice(names))
+            else:
+                gpu_id = random.choice(list(world.devices))
+                if world.devices[gpu_id].loading is not None:
+                    world.loaded(gpu_id)
+                elif world.running(gpu_id):
+                    world.finish(gpu_id)
+        world.drain()
+        assert not world.open
+        assert policy.placed > 500
 
     def test_what_fits_on_no_idle_gpu_waits(self):
         world = World("mqfq_sticky", gpus=(1.0, 3.0), models=(model("large", 3.0), model("a")))

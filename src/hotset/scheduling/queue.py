@@ -102,6 +102,8 @@ class GlobalQueue:
         """How many requests wait (read only)."""
         self.skips_of_head = 0
         """How often the oldest waiting request was passed over by a younger one (read only)."""
+        self.returns = 0
+        """How often requests were given back: what a policy remembers of the lines is void then (read only)."""
         self._holes = 0
 
     def push(self, entry: Entry) -> None:
@@ -124,6 +126,7 @@ class GlobalQueue:
         """
         if not entries:
             return
+        self.returns += 1
         absent = [entry for entry in entries if not entry.in_fifo]
         for entry in entries:
             if entry.in_fifo:

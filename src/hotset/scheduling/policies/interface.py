@@ -53,8 +53,6 @@ class PolicySettings(msgspec.Struct, frozen=True, kw_only=True):
 
     overrun_s: float = 10.0
     """mqfq_sticky: how much more service than the least served function one may have had before it must wait."""
-    grace_s: float = 2.0
-    """mqfq_sticky: how long a function that nobody asks for keeps its account."""
 
 
 class Placement(msgspec.Struct, frozen=True, gc=False):
