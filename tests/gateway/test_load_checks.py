@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hotset.gateway.description import check_load
+from hotset.gateway.load_checks import check_load
 from hotset.node.spawner import child_environment
 from hotset.node.worker.check import check
 

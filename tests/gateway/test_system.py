@@ -19,7 +19,7 @@ from hotset.gateway.app import Gateway
 from hotset.gateway.deployments import Deployments
 from hotset.gateway.description import describe, guess_module
 from hotset.gateway.system import SystemApi
-from hotset.node.spawner import child_environment
+from hotset.node.spawner import Spawner
 from hotset.store.bundles import Bundles, make_bundle
 from hotset.store.environments import Environments
 from hotset.store.sqlite import SqliteDatastore
@@ -436,11 +436,13 @@ def test_the_usual_file_is_found(tmp_path):
 
 
 def test_an_import_that_hangs_or_floods_is_ended(tmp_path):
+    source = Spawner()
+
     async def importing(code: str, timeout_s: float) -> str:
         (tmp_path / "main.py").write_text(code)
         seen: list[str] = []
         with pytest.raises(FunctionError) as caught:
-            await describe(sys.executable, tmp_path, "main", child_environment({}), seen.append, timeout_s=timeout_s)
+            await describe(source, sys.executable, tmp_path, "main", {}, seen.append, timeout_s=timeout_s)
         return str(caught.value)
 
     async def story():
@@ -449,5 +451,6 @@ def test_an_import_that_hangs_or_floods_is_ended(tmp_path):
         message = await importing(flood, 20.0)
         assert message.endswith("end")
         assert len(message) < 2_000
+        source.close()
 
     run(story)

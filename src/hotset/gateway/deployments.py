@@ -35,7 +35,7 @@ from hotset.gateway.versions import (
     process_options,
     version_spec,
 )
-from hotset.node.spawner import child_environment
+from hotset.node.spawner import ProcessSource, Spawner
 from hotset.store.bundles import Bundles
 from hotset.store.datastore import BundleRecord, Datastore, FunctionRecord, ProfileRecord, version_of
 from hotset.store.environments import Environments
@@ -60,8 +60,12 @@ class Deployments:
         secrets: Secrets | None = None,
         profiles: Mapping[str, GpuProfile] | None = None,
         allow_local_images: bool = False,
+        source: ProcessSource | None = None,
     ) -> None:
-        """``profiles``: what deployments may name as ``com.openfaas.profile``."""
+        """``profiles``: what deployments may name as ``com.openfaas.profile``.
+
+        ``source``: of the processes that import a function to see what it is; None: each is a fresh interpreter.
+        """
         self.control = control
         self.bundles = bundles
         self.records: dict[str, FunctionRecord] = {}
@@ -69,6 +73,7 @@ class Deployments:
         self.unavailable: dict[str, str] = {}
         """Function -> why it could not be restored."""
         self.store = store
+        self.source = source or Spawner()
         self._environments = environments
         self._secrets = secrets
         self._profiles = profiles or {}
@@ -125,6 +130,7 @@ class Deployments:
             task.cancel()
         if self._restoring:
             await asyncio.wait(self._restoring)
+        self.source.close()
         await self.save_profiles()
         await asyncio.to_thread(self.store.close)
 
@@ -215,8 +221,7 @@ class Deployments:
         requirements = await asyncio.to_thread(read_requirements, path, f"{module.replace('.', '/')}.py")
         python = await self._install(requirements, progress)
         progress(f"importing {entry}")
-        env = child_environment(wanted.env_vars or {})
-        described = await describe(python, path, entry, env, progress)
+        described = await describe(self.source, python, path, entry, wanted.env_vars or {}, progress)
         options = function_options(key, described, wanted, request)
         return (
             FunctionRecord(

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+
+import msgspec
+import psutil  # type: ignore[import-untyped]
 
 from hotset.functions.contract import FunctionKind, LoadCheck
 from hotset.functions.http_envelope import PROCESS_ENTRY
-from hotset.gateway.description import check_load
 from hotset.node.spawner import child_environment
+from hotset.store import supervised
 from hotset.store.datastore import FunctionRecord
 
 SPARE_S = 60.0
 """On top of two loads: an interpreter must start and import a framework."""
+
+MOST_ANSWER_BYTES = 1 << 16
 
 Checked = Callable[[LoadCheck], Awaitable[None]]
 
@@ -44,3 +53,40 @@ class LoadChecks:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+
+async def check_load(python: str, code_path: Path, entry: str, env: Mapping[str, str], timeout_s: float) -> LoadCheck:
+    """Compare the function's fast load with its ordinary one, in a process of their own."""
+    free_bytes = psutil.virtual_memory().available // 2
+    module = "hotset.node.worker.check"
+    try:
+        command = [python, "-P", "-m", module, str(code_path), entry, str(free_bytes)]
+        output = await _output_of(command, {**env, "CUDA_VISIBLE_DEVICES": ""}, timeout_s)
+        return msgspec.json.decode(output, type=LoadCheck)
+    except TimeoutError:
+        return LoadCheck(fast=True, text=f"not checked: it took longer than {timeout_s:g} s")
+    except msgspec.DecodeError:
+        return LoadCheck(fast=True, text="not checked: the process that loaded it both ways did not survive")
+
+
+async def _output_of(command: Sequence[str], env: Mapping[str, str], timeout_s: float) -> bytes:
+    """Run it in a session that ends with the server and with the answer; raises ``TimeoutError``."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-S", supervised.__file__, *command),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env=dict(env),
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    output = b""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while len(output) <= MOST_ANSWER_BYTES and (piece := await process.stdout.read(MOST_ANSWER_BYTES)):
+                output += piece
+        return output
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()

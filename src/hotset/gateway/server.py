@@ -31,6 +31,7 @@ from hotset.gateway.v2_operations import V2_OPERATIONS
 from hotset.node.cpu import CpuPool
 from hotset.node.interface import Node
 from hotset.node.manager import LocalNode
+from hotset.node.zygote import ZygoteSource
 from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.eviction import make_eviction
 from hotset.scheduling.policies import make_policy
@@ -125,12 +126,14 @@ async def run(
             settings=settings,
         ),
     )
+    source = ZygoteSource()
     nodes = nodes or [
         LocalNode(
             virtual_gpus=config.virtual_gpus,
             memory_bytes=config.gpu_memory_bytes,
             cuda=config.virtual_gpus == 0,
             copy_bandwidth=config.copy_bandwidth,
+            source=source,
         )
     ]
     control = Control(scheduler, nodes, cpu=CpuPool(), config=ControlConfig(recorded_calls=config.recorded_calls))
@@ -148,6 +151,7 @@ async def run(
             secrets=secrets,
             profiles=access.profiles,
             allow_local_images=access.allow_local_images,
+            source=source,
         )
         keys = ApiKeys()
         try:

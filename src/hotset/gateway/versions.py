@@ -10,9 +10,9 @@ import msgspec
 
 from hotset.errors import ConfigurationError, FunctionError
 from hotset.functions.contract import DEFAULT_TIMEOUT_S, FunctionKind, FunctionOptions
+from hotset.functions.description import Description
 from hotset.functions.http_envelope import PROCESS_ENTRY
 from hotset.functions.units import parse_bytes, parse_duration
-from hotset.gateway.description import Description
 from hotset.gateway.functions import VersionSpec
 from hotset.gateway.openfaas.labels import go_duration_s, read_copies, read_retrying, read_scaling
 from hotset.gateway.openfaas.resources import GpuRequest

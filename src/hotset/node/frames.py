@@ -13,6 +13,7 @@ A frame is a 16-byte little-endian header and its payload::
       OFFLOAD  park the model in host memory           -               -
       RESTORE  bring the parked model back             -               -
       BYE      unload and exit                         -               -
+      INSPECT  import this function, describe it, exit -               InspectOrder (MessagePack)
     process -> node
       LOADED   the model is ready                      -               Loaded (MessagePack)
       FAILED   load, offload, restore or device failed -               Failed (MessagePack)
@@ -20,6 +21,7 @@ A frame is a 16-byte little-endian header and its payload::
       ANSWER   one result or one chunk of it           request id      f64 seconds, u16 size, content type, body
       RAN      every call of the run has its answer    -               f64 seconds
       FREE     a call's slot was read                  offset          -
+      INSPECTED  the answer to INSPECT                 -               Inspected (MessagePack)
 
 A CALL flagged LAST ends its run: the calls since the previous LAST are run together or one after the other. An ANSWER
 flagged LAST is the request's final one; flagged ENDS it was all of its run, and no RAN follows. With the flag SLOT the
@@ -75,6 +77,8 @@ class Kind(IntEnum):
     RESTORE = 11
     MOVED = 12
     IMPORT = 13
+    INSPECT = 14
+    INSPECTED = 15
 
 
 class Flag(IntFlag):
@@ -107,6 +111,19 @@ class LoadOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 class ImportOrder(LoadOrder, frozen=True, kw_only=True):
     """The same, for a process whose GPU has no room yet: a ``LoadOrder`` follows when it has."""
+
+
+class InspectOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """What a fresh process needs to tell what a function is, in place of serving it."""
+
+    code_path: str
+    entry: str
+    env: Mapping[str, str] = {}
+
+
+class Inspected(msgspec.Struct, frozen=True, kw_only=True):
+    description: bytes
+    """JSON (``functions/description.py``)."""
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):

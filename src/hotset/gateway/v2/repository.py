@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from hotset.gateway.deployments import Deployments
 from hotset.gateway.description import describe
 from hotset.gateway.v2.models import READY, UNAVAILABLE, IndexEntry
 from hotset.gateway.v2.refusal import Refusal
-from hotset.node.spawner import child_environment
 from hotset.store.datastore import VERSION_DIGITS, FunctionRecord
 from hotset.store.repository import ModelFolder, ModelVersion, read_model, scan
 
@@ -199,11 +199,9 @@ class DirectoryRepository:
             options, schema = await asyncio.to_thread(_describe_here, version.file, version.settings)
             frameworks: tuple[str, ...] = ("onnxruntime", "numpy")
         else:
-            env = child_environment({})
+            source, progress = self._deployments.source, partial(log.info, "%s: %s", name)
             async with self._describing:
-                described = await describe(
-                    sys.executable, folder, ENTRY, env, lambda line: log.info("%s: %s", name, line)
-                )
+                described = await describe(source, sys.executable, folder, ENTRY, {}, progress)
             options, schema, frameworks = described.options, described.schema, described.frameworks
         record = FunctionRecord(
             options=options,

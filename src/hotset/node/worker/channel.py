@@ -21,6 +21,8 @@ from hotset.node.frames import (
     Failed,
     Flag,
     ImportOrder,
+    Inspected,
+    InspectOrder,
     Kind,
     Loaded,
     LoadOrder,
@@ -38,6 +40,11 @@ _RAN = int(Kind.RAN)
 _LAST = int(Flag.LAST)
 _SLOT = int(Flag.SLOT)
 _ENDS = int(Flag.ENDS)
+_ORDERS: dict[int, type[LoadOrder | InspectOrder]] = {
+    Kind.LOAD: LoadOrder,
+    Kind.IMPORT: ImportOrder,
+    Kind.INSPECT: InspectOrder,
+}
 _GATHERED_PARTS = 256
 """Replies are sent at the latest when this many pieces wait."""
 _JOINED_BYTES = 1024 * 1024
@@ -67,7 +74,7 @@ class Channel:
         self._buffer = bytearray(4 * SMALL_FRAME_BYTES)
         self._view = memoryview(self._buffer)
         self._filled = 0
-        self._orders: deque[LoadOrder] = deque()
+        self._orders: deque[LoadOrder | InspectOrder] = deque()
         self._work: deque[list[Call] | Kind] = deque()
         self._calls: list[Call] = []
         self._bye = False
@@ -75,8 +82,11 @@ class Channel:
 
     # In
 
-    def next_order(self) -> LoadOrder:
-        """Wait for the order to become some model's process. Raises ``ClosedError`` or ``ByeError``."""
+    def next_order(self) -> LoadOrder | InspectOrder:
+        """Wait for the order to become some model's process, or to say what a function is.
+
+        Raises ``ClosedError`` or ``ByeError``.
+        """
         while not self._orders:
             self._receive()
         return self._orders.popleft()
@@ -148,8 +158,7 @@ class Channel:
             self._slots.freed(id)
         elif kind == Kind.CANCEL:
             self.cancelled.add(id)
-        elif kind in (Kind.LOAD, Kind.IMPORT):
-            order = LoadOrder if kind == Kind.LOAD else ImportOrder
+        elif (order := _ORDERS.get(kind)) is not None:
             self._orders.append(msgspec.msgpack.decode(payload, type=order))
         elif kind in (Kind.OFFLOAD, Kind.RESTORE):
             self._work.append(Kind(kind))
@@ -208,6 +217,10 @@ class Channel:
 
     def moved(self, moved: Moved) -> None:
         self._out.append(control(Kind.MOVED, moved))
+        self.flush()
+
+    def inspected(self, inspected: Inspected) -> None:
+        self._out.append(control(Kind.INSPECTED, inspected))
         self.flush()
 
     def failed(self, failed: Failed) -> None:

@@ -14,16 +14,28 @@ from enum import IntEnum
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from hotset.functions.http_envelope import PROCESS_ENTRY
 from hotset.functions.loading import load_entry
 from hotset.functions.runtime import Call as Argument
 from hotset.functions.runtime import Outcome, Runtime, Stream
-from hotset.node.frames import MAX_BODY_BYTES, Failed, ImportOrder, Kind, Loaded, LoadOrder
+from hotset.node.frames import (
+    MAX_BODY_BYTES,
+    Failed,
+    ImportOrder,
+    Inspected,
+    InspectOrder,
+    Kind,
+    Loaded,
+    LoadOrder,
+)
 from hotset.node.interface import Call
 from hotset.node.worker import environment
 from hotset.node.worker.channel import ByeError, Channel, ClosedError
 from hotset.node.worker.fast_load import Incomplete, fast_load
 from hotset.node.worker.faults import classify, describe, load_failure
+from hotset.node.worker.imports import frameworks_of, watched
 from hotset.node.worker.memory import children_bytes, cuda_bytes, measure, private_bytes
 from hotset.node.worker.residency import CannotPark, Residency, pace, trim_heap
 from hotset.vocabulary import FailureKind
@@ -69,9 +81,12 @@ class Worker:
         """Live and die. Every way out but a crash comes through here."""
         try:
             order = self._channel.next_order()
+            if isinstance(order, InspectOrder):
+                return self._inspect(order)
             failed = self._import(order)
             if failed is None and isinstance(order, ImportOrder):
                 order = self._channel.next_order()
+                assert isinstance(order, LoadOrder)
             if failed is None:
                 failed = self._load(order)
             if failed is not None:
@@ -92,12 +107,30 @@ class Worker:
             pass
         return Exit.BYE
 
-    # Load and unload
+    # Inspect, load and unload
+
+    def _inspect(self, order: InspectOrder) -> Exit:
+        """What its code raises is for the log, which whoever asked for this reads."""
+        _enter(order)
+        already = environment.imported_frameworks()
+        try:
+            with watched():
+                # Imported by processes that need it: most do not.
+                from hotset.functions.description import Description, describe_entry
+
+                described = describe_entry(order.code_path, order.entry)
+        except BaseException:  # noqa: BLE001 - a module may also exit
+            traceback.print_exc()
+            return Exit.LOAD_FAILED
+        if isinstance(described, Description):
+            needed = frameworks_of(order.entry.partition(":")[0])
+            new = [each for each in environment.imported_frameworks() if each in needed or each not in already]
+            described = msgspec.structs.replace(described, frameworks=tuple(new))
+        self._channel.inspected(Inspected(description=msgspec.json.encode(described)))
+        return Exit.BYE
 
     def _import(self, order: LoadOrder) -> Failed | None:
-        if os.path.isdir(order.code_path):
-            os.chdir(order.code_path)
-        environment.apply(order.env)
+        _enter(order)
         begin_s = perf_counter()
         try:
             self._imported = _runtime(order)
@@ -248,6 +281,13 @@ class Worker:
             self._channel.flush()
             self._flushed_s = now_s
         return now_s
+
+
+def _enter(order: LoadOrder | InspectOrder) -> None:
+    """The function's folder and environment become the process's."""
+    if os.path.isdir(order.code_path):
+        os.chdir(order.code_path)
+    environment.apply(order.env)
 
 
 def _runtime(order: LoadOrder) -> Runtime | ProcessRuntime:

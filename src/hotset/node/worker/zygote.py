@@ -24,6 +24,7 @@ from typing import NoReturn
 import msgspec
 
 from hotset.node.worker.entry import become_worker
+from hotset.node.worker.imports import watched
 from hotset.node.worker.orphans import die_with
 
 MESSAGE_BYTES = 4096
@@ -184,7 +185,8 @@ def import_all(modules: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
     done: list[str] = []
     for name in modules:
         try:
-            importlib.import_module(name)
+            with watched():
+                importlib.import_module(name)
         except Exception as error:  # noqa: BLE001 - whatever breaks the import here breaks it, visibly, in the function
             sys.stderr.write(f"the zygote cannot import {name}: {error}\n")
             continue
