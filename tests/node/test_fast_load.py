@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,11 +65,12 @@ def test_nothing_is_initialised_and_nothing_is_copied(weights: Path) -> None:
 
 
 def test_torch_is_as_it_was_afterwards() -> None:
-    init, load = torch.nn.init.kaiming_uniform_, torch.nn.Module.load_state_dict
+    init, load, to = torch.nn.init.kaiming_uniform_, torch.nn.Module.load_state_dict, torch.nn.Module.to
     with fast_load():
         assert torch.nn.init.kaiming_uniform_ is not init
     assert torch.nn.init.kaiming_uniform_ is init
     assert torch.nn.Module.load_state_dict is load
+    assert torch.nn.Module.to is to
     with pytest.raises(ValueError, match="the function's own"), fast_load():
         raise ValueError("the function's own")
     assert torch.nn.init.kaiming_uniform_ is init
@@ -234,6 +236,31 @@ def test_a_module_with_its_own_way_of_loading_is_asked() -> None:
         net = torch.nn.Sequential(Doubled(2, 2, bias=False))
         net.load_state_dict({"0.weight": torch.ones(2, 2)})
     assert torch.equal(net[0].weight, torch.full((2, 2), 2.0))
+
+
+def test_only_what_is_on_the_cpu_already_stays_as_it_is(weights: Path) -> None:
+    moved: list[torch.nn.Module] = []
+
+    class OwnWay(torch.nn.Module):
+        def _apply(self, *args: Any, **kwargs: Any) -> Any:
+            moved.append(self)
+            return super()._apply(*args, **kwargs)
+
+    with fast_load():
+        net = loaded(weights)
+        before = {name: each.data_ptr() for name, each in net.state_dict().items()}
+        assert net.to("cpu") is net
+        assert net.to(torch.device("cpu")) is net
+        assert {name: each.data_ptr() for name, each in net.state_dict().items()} == before
+        assert net.to(torch.float64).norm.running_mean.dtype == torch.float64
+        assert net.to("cpu", torch.float32).words.weight.dtype == torch.float32
+        assert net.to("meta").words.weight.is_meta
+        with pytest.raises(NotImplementedError, match="meta"):
+            net.to("cpu")
+        assert not moved
+        own = OwnWay()
+        torch.nn.Sequential(own).to("cpu")
+        assert moved == [own]
 
 
 def test_a_pt_file_is_mapped(weights: Path, tmp_path: Path) -> None:

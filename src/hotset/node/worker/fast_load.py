@@ -7,8 +7,9 @@ memory. While a function loads, ``fast_load``
 - copies layers that are like one before (``module_templates.py``),
 - skips the initialisation of parameters (``torch.nn.init``),
 - maps files of tensors in place of reading them (``tensor_files.py``, ``converted.py``),
-- and lets ``load_state_dict`` bind the state's own tensors, which are pages of the file that all processes of the
-  machine share, in place of copying them.
+- lets ``load_state_dict`` bind the state's own tensors, which are pages of the file that all processes of the machine
+  share, in place of copying them,
+- and lets ``to`` return at once where all of a module is on the CPU already, and is sent there.
 
 That is only right if no skipped initialisation shows in the end. So every parameter whose initialisation was skipped is
 watched: if one is still alive when ``load`` returns and was not loaded, ``Incomplete`` is raised, and the caller loads
@@ -79,6 +80,7 @@ def fast_load(code_path: str = "") -> Iterator[None]:
             patches.enter_context(_replaced(kind, "__init__", templates.building(kind)))
         module = torch.nn.Module
         patches.enter_context(_replaced(module, "load_state_dict", _binding(module.load_state_dict, watched)))
+        patches.enter_context(_replaced(module, "to", _staying(module.to)))
         patches.enter_context(_replaced(torch, "load", _mapping(torch.load, code_path)))
         safetensors = sys.modules.get("safetensors.torch")
         if safetensors is not None:
@@ -162,6 +164,25 @@ def _binding(original: Callable[..., Any], watched: _Watched) -> Callable[..., A
         return result
 
     return load_state_dict
+
+
+def _staying(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``to`` that looks first: asking every tensor to move costs more, to find each where it is to be."""
+    torch = sys.modules["torch"]
+    move = torch.nn.Module._apply
+
+    def stays(part: Any) -> bool:
+        tensors = (*part._parameters.values(), *part._buffers.values())
+        own_way = getattr(part._apply, "__func__", None) is not move
+        return not own_way and all(tensor is None or tensor.is_cpu for tensor in tensors)
+
+    def to(module: Any, *args: Any, **kwargs: Any) -> Any:
+        only_device = len(args) == 1 and not kwargs and isinstance(args[0], str | torch.device)
+        if only_device and str(args[0]) == "cpu" and all(map(stays, module.modules())):
+            return module
+        return original(module, *args, **kwargs)
+
+    return to
 
 
 def _binds(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> bool:

@@ -93,7 +93,8 @@ class MappedFile:
             return torch.empty(entry.shape, dtype=dtype)
         if (self._begin + first) % dtype.itemsize:
             raise Unreadable("its tensors are not aligned")
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._begin + first).view(entry.shape)
+        flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._begin + first)
+        return flat if len(entry.shape) == 1 else flat.view(entry.shape)
 
     def keys(self) -> Iterable[str]:
         return self._tensors.keys()
