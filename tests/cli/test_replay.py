@@ -5,7 +5,16 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from hotset.cli.replay import Recording, arrivals_of, batch_cost, batches_of, hardware_of, measured, simulated
+from hotset.cli.replay import (
+    Recording,
+    arrivals_of,
+    batch_cost,
+    batches_of,
+    hardware_of,
+    load_pace_of,
+    measured,
+    simulated,
+)
 from hotset.gateway.state import TracedModel, TraceHeader, TraceRow
 from hotset.vocabulary import Gpu
 
@@ -134,3 +143,31 @@ def test_a_call_that_found_the_gpu_free_holds_it_only_from_then_on() -> None:
     )
 
     assert taken_s == pytest.approx(0.1)
+
+
+def test_loads_take_longer_while_the_machine_was_slow() -> None:
+    """Ten loads of 0.2 s, then, while somebody else used the machine, ten of 0.6 s; one by itself tells nothing."""
+    times = [*((number * 0.1, 0.2) for number in range(10)), *((10 + number * 0.1, 0.6) for number in range(10))]
+    rows = [
+        TraceRow(arrival_s=5 + at_s, function="f", inference_s=0.1, status=200, gpu_id="x", load_s=load_s)
+        for at_s, load_s in [*times, (30.0, 0.4)]
+    ]
+    recording = Recording(recorded(1).header, rows)
+
+    pace = load_pace_of(recording)
+
+    assert hardware_of(recording).costs["f"].load_s == pytest.approx(0.4)
+    assert [pace(0.5), pace(10.5), pace(30.0)] == [pytest.approx(0.5), pytest.approx(1.5), 1.0]
+
+
+def test_restores_tell_nothing_of_how_fast_loads_are() -> None:
+    rows = [
+        TraceRow(arrival_s=at_s, function="f", inference_s=0.1, status=200, gpu_id="x", load_s=load_s, warm=warm)
+        for at_s, load_s, warm in (
+            *((number * 0.1, 0.2, False) for number in range(5)),
+            *((number * 0.1, 0.01, True) for number in range(5)),
+            *((10 + number * 0.1, 0.6, False) for number in range(5)),
+        )
+    ]
+
+    assert load_pace_of(Recording(recorded(1).header, rows))(0.2) == pytest.approx(0.5)

@@ -78,6 +78,17 @@ def test_a_recorded_duration_counts_for_more_than_the_profile():
     assert metrics.makespan_s == 7.5
 
 
+def test_loads_are_as_slow_as_the_machine_is_when_they_begin():
+    # a loads 0-4 and runs 4-5; b waits for the only GPU, loads 5-13 and runs 13-14.
+    scheduler = Scheduler(make_policy("lalb"), make_eviction("lru"))
+    hardware = Hardware(gpus=make_gpus(1, 1), costs=dict.fromkeys("ab", COST))
+    simulator = Engine(scheduler, hardware, load_pace=lambda time_s: 1.0 if time_s < 5.0 else 2.0)
+
+    metrics = play(simulator, (0.0, "a"), (1.0, "b"))
+
+    assert (metrics.makespan_s, metrics.mean_load_s) == (14.0, 6.0)
+
+
 def test_requests_that_join_a_run_cost_their_share():
     cost = msgspec.structs.replace(COST, batch_marginal=0.25)
     hardware = Hardware(gpus=make_gpus(1, 1), costs={"a": cost})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, linear_regression
 from typing import Any
@@ -38,6 +39,11 @@ _ONE_MOMENT_S = 10e-6
 
 LONGEST_TURNOVER_S = 0.01
 """A call that waited longer at a GPU that was free waited for something else."""
+
+AROUND_S = 1.0
+"""Loads that began within that much of each other ..."""
+FEWEST_AROUND = 5
+"""... and are so many tell how fast the machine was at the time."""
 
 
 class Recording(msgspec.Struct, frozen=True):
@@ -156,9 +162,10 @@ def hardware_of(
 ) -> Hardware:
     """The recorded cluster with its measured costs, or one with other GPUs.
 
-    A function's load time is the mean of its recorded loads, so is its restore time. These include what it took to make
-    room, so that offloading costs nothing beside them. A batching function's run time is the line through its recorded
-    runs; of what was not seen meanwhile, it is what the server had learned.
+    A function's load time is the mean of its recorded loads, so is its restore time (``load_pace_of`` tells how fast
+    loads were when). These include what it took to make room, so that offloading costs nothing beside them. A batching
+    function's run time is the line through its recorded runs; of what was not seen meanwhile, it is what the server had
+    learned.
     """
     known = list(recording.header.gpus)
     if gpus is not None:
@@ -265,6 +272,29 @@ def _turnovers(runs: Sequence[Sequence[TraceRow]]) -> dict[int, float]:
     return turnovers
 
 
+def load_pace_of(recording: Recording) -> Callable[[float], float]:
+    """How many times as long as its function's loads usually did one take that began at a time (seconds after the first
+    call): the mean of what was recorded around it, as a machine that others use is not equally fast all the time."""
+    start_s = recording.rows[0].arrival_s
+    cold = sorted((row for row in recording.rows if row.load_s and not row.warm), key=_load_began_s)
+    loads: defaultdict[str, list[float]] = defaultdict(list)
+    for row in cold:
+        loads[row.function].append(row.load_s)
+    usual_s = {function: fmean(each) for function, each in loads.items()}
+    began_s = [_load_began_s(row) - start_s for row in cold]
+    paces = [row.load_s / usual_s[row.function] for row in cold]
+
+    def pace(time_s: float) -> float:
+        around = paces[bisect_left(began_s, time_s - AROUND_S) : bisect_right(began_s, time_s + AROUND_S)]
+        return fmean(around) if len(around) >= FEWEST_AROUND else 1.0
+
+    return pace
+
+
+def _load_began_s(row: TraceRow) -> float:
+    return row.arrival_s + row.queue_s
+
+
 def config_of(recording: Recording) -> SchedulerConfig:
     """The recorded server's scheduler, as far as it matters for when a call is answered."""
     known = recording.header
@@ -291,7 +321,7 @@ def engine_of(
     scheduler = Scheduler(
         make_policy(policy, settings or recording.header.settings), make_eviction(eviction), config_of(recording)
     )
-    return Engine(scheduler, hardware)
+    return Engine(scheduler, hardware, load_pace=load_pace_of(recording))
 
 
 def measured(recording: Recording) -> RunMetrics:

@@ -63,8 +63,10 @@ class Engine:
         faults: Sequence[Fault] = (),
         *,
         deadline_s: float | None = None,
+        load_pace: Callable[[float], float] = lambda _: 1.0,
     ) -> None:
-        """``deadline_s``: after its arrival, within which every request is to be answered; None: whenever."""
+        """``deadline_s``: after its arrival, within which every request is to be answered; None: whenever.
+        ``load_pace``: how many times as long as usual a load takes that begins at a time (seconds)."""
         self.scheduler = scheduler
         self.costs: Mapping[str, ModelCost] = hardware.costs
         self.gpus: dict[str, Gpu] = {gpu.gpu_id: gpu for gpu in hardware.gpus}
@@ -72,6 +74,7 @@ class Engine:
         self.recorder = Recorder(hardware.costs, len(hardware.gpus), tiers=tiers)
         self.recorder.deadline_s = math.inf if deadline_s is None else deadline_s
         self._deadline_s = deadline_s
+        self._load_pace = load_pace
         self.now_s = 0.0
         self._agenda: list[tuple[float, int, Event]] = []
         self._counter = 0
@@ -194,7 +197,7 @@ class Engine:
                 self._run_ends_s[action.gpu_id] = end_s = now_s + inference_s
                 self._schedule(end_s, RunFinished(action.gpu_id, action.model, inference_s))
             elif type(action) is Load:
-                load_s = self.costs[action.model].load_s
+                load_s = self.costs[action.model].load_s * self._load_pace(now_s)
                 recorder.misses += action.request_id is not None  # else a copy that is kept without being asked for
                 recorder.false_misses += action.false_miss
                 recorder.tallies[action.model].change_copies(1, now_s)
