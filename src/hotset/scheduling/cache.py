@@ -237,6 +237,8 @@ class CacheManager:
 
     def room_for(self, memory: GpuMemory, model: str, need_bytes: int, victims: list[Resident]) -> Room:
         """How these victims make the room for which they were chosen: each is offloaded if that is worth it."""
+        if not self.host_memory_bytes:
+            return Room(victims, [], victims, [])
         own = memory.parked.get(model)
         room = Room(victims, [], [], [])
         missing = need_bytes - memory.free_bytes - (own.device_bytes if own is not None else 0)

@@ -35,44 +35,28 @@ MOST_COMPARED = 8
 """Residents of which the cheapest set is searched exactly: at most 2 ** 8 sets, a few in practice."""
 
 
-class Outlook:
+class Outlook(msgspec.Struct, gc=False):
     """What is expected of one model."""
 
-    __slots__ = (
-        "another_copy_s",
-        "back_s",
-        "batches",
-        "copies",
-        "fresh_until_s",
-        "kind",
-        "load_s",
-        "model",
-        "per_s",
-        "run_s",
-        "share",
-        "wanted",
-    )
-
-    def __init__(self, model: str, kind: str, per_s: float, load_s: float, run_s: float) -> None:
-        self.model = model
-        self.kind = kind
-        """Of the GPUs that the times are for."""
-        self.per_s = per_s
-        """Requests expected per second."""
-        self.load_s = load_s
-        self.run_s = run_s
-        self.copies = 0
-        self.share = 0.0
-        """Of a holder's time, were its requests spread evenly over its copies."""
-        self.back_s = load_s
-        """What leaving a GPU and coming back would take: less than a load where it would be parked meanwhile."""
-        self.wanted = 0.0
-        """How likely somebody asks for it within the horizon, 0 to 1."""
-        self.another_copy_s: float | None = None
-        """Waiting that one more copy would save; None: not asked yet."""
-        self.fresh_until_s = 0.0
-        self.batches = False
-        """One run may serve several of its requests."""
+    model: str
+    kind: str
+    """Of the GPUs that the times are for."""
+    per_s: float
+    """Requests expected per second."""
+    load_s: float
+    run_s: float
+    back_s: float
+    """What leaving a GPU and coming back would take: less than a load where it would be parked meanwhile."""
+    wanted: float
+    """How likely somebody asks for it within the horizon, 0 to 1."""
+    batches: bool
+    """One run may serve several of its requests."""
+    fresh_until_s: float
+    copies: int = 0
+    share: float = 0.0
+    """Of a holder's time, were its requests spread evenly over its copies."""
+    another_copy_s: float | None = None
+    """Waiting that one more copy would save; None: not asked yet."""
 
 
 class PricedResident(msgspec.Struct, frozen=True, gc=False):
@@ -91,20 +75,17 @@ class _Room(msgspec.Struct, frozen=True, gc=False):
     price_s: float
 
 
-class _GpuPrices:
+class _GpuPrices(msgspec.Struct, gc=False):
     """Prices of one GPU's residents, as long as they are the same and were priced lately."""
 
-    __slots__ = ("fresh_until_s", "memory", "ranked", "rooms", "utilisation", "version")
-
-    def __init__(self, memory: GpuMemory, utilisation: float, fresh_until_s: float) -> None:
-        self.memory = memory
-        self.version = memory.version
-        self.fresh_until_s = fresh_until_s
-        self.utilisation = utilisation
-        self.ranked: list[PricedResident] | None = None
-        """Cheapest to lose first."""
-        self.rooms: dict[int, _Room] = {}
-        """By the bytes that were missing, for a GPU that nobody else waits for."""
+    memory: GpuMemory
+    version: int
+    utilisation: float
+    fresh_until_s: float
+    ranked: list[PricedResident] | None = None
+    """Cheapest to lose first."""
+    rooms: dict[int, _Room] = {}
+    """By the bytes that were missing, for a GPU that nobody else waits for."""
 
 
 class Prices:
@@ -148,16 +129,23 @@ class Prices:
         return outlooks
 
     def _look_out(self, model: str, kind: str, now_s: float) -> Outlook:
-        profiles = self._cluster.profiles
-        load_s, run_s = profiles.load_s(model, kind), profiles.inference_s(model, kind)
-        per_s = self._rates.per_s(model, now_s)
+        profiles, rates = self._cluster.profiles, self._rates
+        per_s, load_s = rates.per_s(model, now_s), profiles.load_s(model, kind)
         expected = per_s * HORIZON_LOADS * profiles.typical_load_s()
-        outlook = self._outlooks[model] = Outlook(model, kind, per_s, load_s, run_s)
-        outlook.wanted = expected / (1.0 + expected)
+        back_s = load_s
         if self._cache.host_memory_bytes:
-            outlook.back_s = min(load_s, profiles.offload_s(model, kind) + profiles.restore_s(model, kind))
-        outlook.batches = self._cluster.models[model].max_batch > 1
-        outlook.fresh_until_s = now_s + FRESH_SHARE * self._rates.history_s(now_s)
+            back_s = min(load_s, profiles.offload_s(model, kind) + profiles.restore_s(model, kind))
+        outlook = self._outlooks[model] = Outlook(
+            model,
+            kind,
+            per_s,
+            load_s,
+            profiles.inference_s(model, kind),
+            back_s,
+            expected / (1.0 + expected),
+            self._cluster.models[model].max_batch > 1,
+            now_s + FRESH_SHARE * rates.history_s(now_s),
+        )
         return outlook
 
     def utilisation(self, gpu: GpuState, now_s: float) -> float:
@@ -293,7 +281,7 @@ class Prices:
                 utilisation += self.outlook(name, gpu, now_s).share
             utilisation = min(max(utilisation, LEAST_UTILISATION), MOST_UTILISATION)
             fresh_until_s = now_s + FRESH_SHARE * self._rates.history_s(now_s)
-            prices = self._gpus[gpu.gpu_id] = _GpuPrices(memory, utilisation, fresh_until_s)
+            prices = self._gpus[gpu.gpu_id] = _GpuPrices(memory, memory.version, utilisation, fresh_until_s)
         return prices
 
     def _rank(self, gpu: GpuState, now_s: float) -> list[PricedResident]:
@@ -320,6 +308,8 @@ def _cheapest_room(ranked: Sequence[PricedResident], missing_bytes: int) -> _Roo
         held_bytes += one.resident.memory_bytes
     if held_bytes < missing_bytes:
         return None
+    if ranked[0].resident.memory_bytes >= missing_bytes:
+        return _Room([ranked[0].resident], ranked[0].price_s)  # as any search would find
     victims = (_cheapest if len(ranked) <= MOST_COMPARED else _cheap)(ranked, missing_bytes)
     price_s = 0.0
     for one in victims:

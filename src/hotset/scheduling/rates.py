@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, inf
 
 MEMORY_S = 300.0
 """An arrival counts e times less after this long: long enough to tell a model called once a minute from an idle one,
@@ -25,10 +25,12 @@ class ArrivalRates:
     def __init__(self) -> None:
         self._counts: dict[str, _Count] = {}
         self._since_s: float | None = None
+        self._asked_s, self._history_s = -inf, LEAST_HISTORY_S
+        """The last answer of ``history_s``, and when: one decision asks for it many times."""
 
     def arrived(self, model: str, now_s: float) -> None:
         if self._since_s is None:
-            self._since_s = now_s
+            self._since_s, self._asked_s = now_s, -inf
         count = self._counts.get(model)
         if count is None:
             self._counts[model] = _Count(now_s)
@@ -41,9 +43,10 @@ class ArrivalRates:
 
     def history_s(self, now_s: float) -> float:
         """Seconds of arrivals that the rates rest on."""
-        if self._since_s is None:
-            return LEAST_HISTORY_S
-        return max(MEMORY_S * (1.0 - exp((self._since_s - now_s) / MEMORY_S)), LEAST_HISTORY_S)
+        if now_s != self._asked_s and self._since_s is not None:
+            self._asked_s = now_s
+            self._history_s = max(MEMORY_S * (1.0 - exp((self._since_s - now_s) / MEMORY_S)), LEAST_HISTORY_S)
+        return self._history_s
 
     def per_s(self, model: str, now_s: float) -> float:
         """Expected requests per second; 0 for a model never asked for."""
