@@ -169,6 +169,60 @@ class TestShares:
         assert served(world, ids) == ids
 
 
+class TestMemory:
+    """A flood has its share of the GPUs' memory too: its backlog is no claim on more."""
+
+    def test_below_a_crowd_nobody_is_preferred(self):
+        world = hot()
+        for _ in range(3):
+            world.arrive("a", caller="flood")
+        quiet = world.arrive("a", caller="quiet")
+        world.finish("g0")
+        world.finish("g0")
+        assert quiet in world.open, "in order of arrival: everybody's turn is near"
+
+    def test_who_is_owed_may_take_the_place_of_a_model_that_only_a_flood_waits_for(self):
+        world = World("hotset", eviction="hotset", models=("a", "b", "c"), gpus=(2.0,))
+        for _ in range(30):
+            world.arrive("b", caller="quiet")
+        world.drain()
+        for _ in range(20):
+            world.arrive("a", caller="flood")
+        world.serve("g0")
+        assert sorted(world.resident("g0")) == ["a", "b"]
+        world.arrive("c", caller="quiet")
+        while "c" not in world.resident("g0"):
+            world.serve("g0")
+        assert "b" in world.resident("g0"), "20 wait for a, nobody for b, but they wait beyond their share"
+
+    def test_a_load_beyond_a_share_does_not_push_out_what_others_ask_for(self):
+        world = World("hotset", eviction="hotset", models=("a", "b", "z"), gpus=(1.0, 1.0))
+        for _ in range(10):
+            for name, caller in (("a", "flood"), ("b", "flood"), ("a", "quiet"), ("b", "flood")):
+                world.arrive(name, caller=caller)
+            world.drain()
+        assert (world.resident("g0"), world.resident("g1")) == (["a"], ["b"])
+        busy = [world.arrive(name, caller="quiet") for name in "ab"]
+        for _ in range(20):
+            world.arrive("z", caller="flood")
+        world.finish("g0")
+        assert world.ends[busy[0]] is End.ANSWERED
+        assert (world.doing("g0"), world.resident("g0")) == ("idle", ["a"])
+        world.finish("g1")
+        assert "loading z" in (world.doing("g0"), world.doing("g1")), "one at a time, lest all stand still"
+        world.drain()
+        assert not world.open
+
+    def test_what_a_flood_asks_for_beyond_its_share_is_not_expected_of_it_again(self):
+        world = hot("hotset", "ab")
+        rates, now_s = world.scheduler.cluster.rates, world.now_s
+        world.arrive("b", caller="quiet")
+        for _ in range(40):
+            world.arrive("a", caller="flood")
+        counted = rates.per_s("a", now_s) / rates.per_s("b", now_s)
+        assert counted < 5, "those before there was a crowd"
+
+
 class TestPriorities:
     def test_the_higher_goes_first(self):
         world = hot()

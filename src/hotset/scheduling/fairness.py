@@ -4,7 +4,7 @@ Start-time fair queueing, turned into a question with two answers. Every caller 
 on him, the loads that his requests caused included, divided by his weight. The *fair amount* grows with every second
 spent, divided by the weights of all callers who have requests open. While a caller, with what he was promised already,
 is behind the fair amount by more than a slack, his next request is *owed* to him, and no request that is not owed is
-considered before it. No GPU stands idle for that: what the owed ones leave is everybody's.
+considered before it. What the owed ones leave is everybody's. Who asks, and when: ``standing.py``.
 
 So a caller who is alone is never held back, a flood is served with what the others leave, and callers within their
 shares meet the policy as if they were one. What is remembered is bounded: nobody is ever more than ``CREDIT`` behind or

@@ -186,7 +186,7 @@ class Prices:
 
     def _room(self, gpu: GpuState, missing_bytes: int, now_s: float, *, ahead: bool) -> _Room | None:
         prices = self._of(gpu, now_s)
-        ranked, lines = prices.ranked, self._cluster.queues.models()
+        ranked, lines = prices.ranked, self._cluster.queues.wanted()
         if ranked is None:
             ranked = prices.ranked = self._rank(gpu, now_s)
         unwanted = ranked

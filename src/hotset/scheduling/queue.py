@@ -79,6 +79,8 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     """Its caller has had less than his share, even with it."""
     promised_s: float = 0.0
     """GPU seconds that it was expected to take when that was found."""
+    expected: bool = False
+    """It counts for the rate at which its model is asked for."""
     pressed: bool = False
     """Its deadline leaves little more time than it takes."""
     in_fifo: bool = False

@@ -134,7 +134,6 @@ class Scheduler:
             self._requests.reject(entry, refusal, now_s)
             return
         self._requests.add(entry)
-        self.cluster.rates.arrived(request.model, now_s)
         if self._recurrence is not None:
             self._recurrence.arrived(request.model, now_s)
         if not (
@@ -325,7 +324,7 @@ class Scheduler:
         model = event.model
         work = None if gpu.memory.copying == model else self._work_of(gpu, model)
         resident = self.cache.loaded(gpu.memory, model, event.memory_bytes)
-        self._queues.loaded(resident, load_s)
+        self._queues.loaded(resident, load_s, now_s)
         if event.memory_bytes is not None:
             self._measured(model, resident.memory_bytes, now_s, again=type(event) is ModelRestored)
         if work is None:
@@ -363,7 +362,7 @@ class Scheduler:
     def _run_finished(self, event: RunFinished, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
         work = self._work_of(gpu, event.model)
-        self._queues.ran(work.entries, event.inference_s)
+        self._queues.ran(work.entries, event.inference_s, now_s)
         for entry in work.entries:
             self._requests.end(entry.request.request_id)
         if work.note is not None:

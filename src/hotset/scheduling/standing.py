@@ -30,6 +30,9 @@ MOST_PASSED = 50
 MOST_CALLERS = 200
 """Callers whose usage is told apart; all others are ``OTHERS``."""
 OTHERS = "(others)"
+CROWD = 3.5
+"""Waiting requests per GPU beyond which shares are looked after. Below it everybody's turn is near, and order is the
+policy's business alone."""
 
 
 class Queues:
@@ -65,6 +68,15 @@ class Queues:
         entry.account = shares.open(request, usage)
         if shares.contended and not contended:
             self._contend(shares, request.priority)
+        if not self._is_crowded(shares):
+            self._expect(entry, request.arrival_s)
+
+    def _expect(self, entry: Entry, now_s: float) -> None:
+        """The request counts for how often its model is asked for. In a crowd only those do that are owed: what a
+        flood asks for beyond its share is no reason to keep its models in memory rather than the others'."""
+        if not entry.expected:
+            entry.expected = True
+            self._cluster.rates.arrived(entry.model, now_s)
 
     def _contend(self, shares: FairShares, priority: int) -> None:
         """There is, or wants to be, a second caller: from now on it is known who holds what."""
@@ -86,8 +98,8 @@ class Queues:
         assert account is not None
         shares = self._shares[priority]
         if shares.contended:
-            if shares.owes(account):
-                shares.promise(entry, account, self._cost_s(entry))
+            if self._is_crowded(shares) and shares.owes(account):
+                self._promise(shares, entry, account, entry.request.arrival_s)
             else:
                 shares.hold(entry, account)
         if priority == NORMAL_PRIORITY and not entry.owed and not entry.pressed:
@@ -114,6 +126,25 @@ class Queues:
     def models(self) -> Collection[str]:
         """The models that anybody waits for."""
         return self.main.models if not self.several else set().union(*(queue.models for queue in self.all))
+
+    def wanted(self) -> Collection[str]:
+        """Those that anybody waits for whose standing is at least that of the queue in turn."""
+        if not self.several:
+            return self.main.models
+        least = self._cluster.queue.standing
+        return set().union(*(queue.models for queue in self.all if queue.standing <= least))
+
+    @property
+    def sparing(self) -> bool:
+        """Whether what is placed now is beyond its caller's share while others compete for the GPUs: it should not cost
+        them their models. Never while all GPUs are idle, so that something always goes on."""
+        cluster = self._cluster
+        standing = cluster.queue.standing
+        return (
+            standing.over_share
+            and len(cluster.idle) < len(cluster.gpus)
+            and self._is_crowded(self._shares[standing.priority])
+        )
 
     def first_of(self, model: str) -> Entry | None:
         """The first to be served of those who wait for a model."""
@@ -167,7 +198,7 @@ class Queues:
 
     # Standing changes
 
-    def ran(self, entries: list[Entry], run_s: float) -> None:
+    def ran(self, entries: list[Entry], run_s: float, now_s: float) -> None:
         """A GPU has run these requests together."""
         share_s = run_s / len(entries)
         for entry in entries:
@@ -175,9 +206,9 @@ class Queues:
             assert account is not None
             account.usage.run_s += share_s
             if shares.contended:
-                self._charge(shares, account, share_s)
+                self._charge(shares, account, share_s, now_s)
 
-    def loaded(self, resident: Resident, load_s: float) -> None:
+    def loaded(self, resident: Resident, load_s: float, now_s: float) -> None:
         """A GPU has loaded, or restored, a model: the request that caused it pays."""
         payer, resident.payer = resident.payer, None
         if payer is None:
@@ -186,14 +217,24 @@ class Queues:
         payer.account.usage.load_s += load_s
         shares = self._shares[payer.request.priority]
         if shares.contended:
-            self._charge(shares, payer.account, load_s)
+            self._charge(shares, payer.account, load_s, now_s)
 
-    def _charge(self, shares: FairShares, account: Account, gpu_s: float) -> None:
+    def _charge(self, shares: FairShares, account: Account, gpu_s: float, now_s: float) -> None:
         shares.charge(account, gpu_s)
+        if not self._is_crowded(shares):
+            return
         for other, entry in shares.held():
             if shares.owes(other):
-                shares.promise(entry, other, self._cost_s(entry))
+                self._promise(shares, entry, other, now_s)
                 self._move(entry)
+
+    def _promise(self, shares: FairShares, entry: Entry, account: Account, now_s: float) -> None:
+        shares.promise(entry, account, self._cost_s(entry))
+        self._expect(entry, now_s)
+
+    def _is_crowded(self, shares: FairShares) -> bool:
+        """Whether several callers compete for the GPUs."""
+        return shares.contended and self.waiting > CROWD * len(self._cluster.gpus)
 
     def press(self, entry: Entry) -> None:
         """A waiting request's deadline presses from now on."""

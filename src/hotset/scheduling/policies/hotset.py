@@ -35,6 +35,8 @@ URGENCY = 1.5
 """Where room is free: how much more a second weighs for a line that will have waited for a load and a run's time."""
 CROWDING = 8.0
 """How much dearer that time gets for each request, per GPU, that waits for a model that no GPU holds."""
+MOST_HARM = 0.3
+"""What a load for a request beyond its caller's share may cost others, as a share of the GPU time that it takes."""
 
 STAY_LOADS = 4.0
 """How long a GPU that thrashes may stay with a model, in times of its load, although an older request is due."""
@@ -157,7 +159,10 @@ class Hotset:
             if gpu is None:
                 outlook = cluster.prices.outlook(entry.model, next(iter(cluster.idle)), now_s)
                 load = self._cheapest_load(cluster, outlook, now_s)
-                gpu = load.gpu if load is not None else cluster.first_idle(entry.model)
+                if load is not None:
+                    gpu = load.gpu
+                elif not cluster.queues.sparing:
+                    gpu = cluster.first_idle(entry.model)
             if gpu is not None:
                 return Placement(entry, gpu, Rule.OLDEST_FIRST)
         return None
@@ -279,7 +284,7 @@ class Hotset:
 
 
 def _load_on(cluster: Cluster, gpu: GpuState, outlook: Outlook, now_s: float) -> _Load | None:
-    """What a load on that GPU would cost others; None: there is no way to make room."""
+    """What a load on that GPU would cost others; None: there is no way to make room, or none that they should pay."""
     memory, prices, price_s = gpu.memory, cluster.prices, 0.0
     known = cluster.models[outlook.model]
     if memory.copying is not None or (known.max_copies is not None and not cluster.fits(gpu, outlook.model)):
@@ -294,6 +299,8 @@ def _load_on(cluster: Cluster, gpu: GpuState, outlook: Outlook, now_s: float) ->
     # Whoever asks for the other residents meanwhile waits for half of the time, on average.
     busy_s = outlook.run_s if cluster.overlap else outlook.run_s + load_s
     total_s = price_s + prices.utilisation(gpu, now_s) * busy_s / 2
+    if total_s > MOST_HARM * (load_s + outlook.run_s) and cluster.queues.sparing:
+        return None
     if cluster.cache.parked_on(outlook.model):
         total_s += load_s  # it is not the same everywhere
     return _Load(gpu, price_s, total_s)

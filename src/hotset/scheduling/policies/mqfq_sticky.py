@@ -10,8 +10,9 @@ Where it differs: virtual times are given when a decision is made, not at arriva
 is not empty. A flow that ran dry needs no grace period: its start is kept until the others have caught up with it, and
 from then on it is as good as new. One request runs on a GPU at a time, so its tokens are the GPUs. Its memory hints to
 the driver, and keeping models for the grace period, are left to the eviction policy. As there, service is run time;
-loads are not charged. Not confirmed, as the paper's text was not at hand: which of that code's variants its figures are
-from, and with which settings; the default here (10 s over-run) is the code's.
+loads are not charged. Of the paper only the abstract and the beginning were at hand: they confirm fair queueing joined
+with management of GPU memory, and anticipation. Not confirmed: which of the code's variants its figures are from, and
+with which settings. The default here (10 s over-run) is the code's; its scripts for experiments set 5 s.
 
 The least start is found by a heap, and hits by what idle GPUs hold, so a decision looks at few of the flows.
 """
