@@ -310,3 +310,43 @@ class TestFullQueue:
     def test_a_higher_priority_makes_none_for_a_lower_one(self):
         world, _ = self.full()
         assert world.ends[world.arrive("a", caller="quiet", priority=-1)] is RejectReason.QUEUE_FULL
+
+
+class TestFullLine:
+    """Of one model's queue, where that is bounded."""
+
+    def full(self, priority: int = 0) -> tuple[World, list[int]]:
+        world = hot(models="ab", config=SchedulerConfig(max_queue_per_model=3))
+        world.arrive("b", caller="flood")
+        flood = [world.arrive("a", caller="flood", priority=priority) for _ in range(3)]
+        for _ in range(3):
+            world.arrive("b", caller="flood", priority=priority)
+        return world, flood
+
+    def test_a_flood_makes_place_in_the_line_that_is_full(self):
+        world, flood = self.full()
+        quiet = world.arrive("a", caller="quiet")
+        assert quiet in world.open
+        assert world.ends[flood[-1]] is RejectReason.QUEUE_FULL
+        assert world.scheduler.cluster.queues.waiting_for("a") == 3
+
+    def test_places_are_shared_until_everybody_has_as_many(self):
+        world, flood = self.full()
+        ids = [world.arrive("a", caller="quiet") for _ in range(4)]
+        assert [request_id in world.open for request_id in ids] == [True, False, False, False]
+        assert sum(request_id in world.open for request_id in flood) == 2
+
+    def test_but_not_for_its_own(self):
+        world, flood = self.full()
+        assert world.ends[world.arrive("a", caller="flood")] is RejectReason.QUEUE_FULL
+        assert set(flood) <= set(world.open)
+
+    def test_a_lower_priority_makes_place_for_a_higher_one(self):
+        world, flood = self.full(priority=-1)
+        assert world.arrive("a", caller="flood") in world.open
+        assert world.ends[flood[-1]] is RejectReason.QUEUE_FULL
+
+    def test_a_higher_priority_makes_none_for_a_lower_one(self):
+        world, flood = self.full(priority=1)
+        assert world.ends[world.arrive("a", caller="quiet")] is RejectReason.QUEUE_FULL
+        assert set(flood) <= set(world.open)

@@ -49,9 +49,7 @@ class Admission:
             if need_s > deadline_s - now_s and not self._leads(name):
                 return self.hopeless(request, need_s, now_s)
         waiting = cluster.queues.waiting
-        if (self._max_queue is not None and waiting >= self._max_queue) or (
-            self._max_queue_per_model is not None and cluster.queues.waiting_for(name) >= self._max_queue_per_model
-        ):
+        if (self._max_queue is not None and waiting >= self._max_queue) or self.is_line_full(name):
             drain_s = waiting * cluster.profiles.typical_inference_s() / max(len(cluster.gpus), 1)
             return Refusal(
                 RejectReason.QUEUE_FULL,
@@ -59,6 +57,11 @@ class Admission:
                 min(max(drain_s, SHORTEST_RETRY_S), LONGEST_RETRY_S),
             )
         return None
+
+    def is_line_full(self, name: str) -> bool:
+        """Whether as many requests wait for that model as may."""
+        most = self._max_queue_per_model
+        return most is not None and self._cluster.queues.waiting_for(name) >= most
 
     def late(self, request: Request, now_s: float) -> Refusal:
         """Its deadline passed before its run began."""

@@ -183,7 +183,10 @@ class OpenRequests:
 
     def make_place(self, request: Request, refusal: Refusal, now_s: float) -> bool:
         """Where a request is refused for a full queue: end another, whose caller has taken more than his part of it."""
-        displaced = self._cluster.queues.displaced_by(request) if refusal.reason is RejectReason.QUEUE_FULL else None
+        if refusal.reason is not RejectReason.QUEUE_FULL:
+            return False
+        queues, full = self._cluster.queues, self._admission.is_line_full(request.model)
+        displaced = queues.displaced_in_line(request) if full else queues.displaced_by(request)
         if displaced is None:
             return False
         self.withdraw(displaced)

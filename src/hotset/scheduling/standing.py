@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from hotset.scheduling.fairness import Account, FairShares, Usage
@@ -254,6 +255,23 @@ class Queues:
         if not shares.contended and request.caller not in shares.accounts:
             self._contend(shares, request.priority)
         return shares.displaced_by(request)
+
+    def displaced_in_line(self, request: Request) -> Entry | None:
+        """The same where it is the queue of its model that is full: one of those who wait for that. Linear in these."""
+        lines = [line for queue in self.all if (line := queue.models.get(request.model))]
+        if lines and lines[-1][-1].request.priority < request.priority:
+            return lines[-1][-1]
+        by_caller: dict[str, list[Entry]] = {}
+        for entry in chain(*lines):
+            if entry.request.priority == request.priority:
+                by_caller.setdefault(entry.request.caller, []).append(entry)
+        own = len(by_caller.pop(request.caller, ())) + 1
+        most, displaced = own / request.weight, None
+        for entries in by_caller.values():
+            newest = max(entries, key=lambda entry: entry.seq)
+            if len(entries) / newest.request.weight > most:
+                most, displaced = len(entries) / newest.request.weight, newest
+        return displaced
 
     def _move(self, entry: Entry) -> None:
         assert entry.queue is not None
