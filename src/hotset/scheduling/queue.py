@@ -213,16 +213,16 @@ class GlobalQueue:
         return (entry for entry in self._fifo if entry.place is Place.QUEUED)
 
     def _drop_leading_holes(self) -> None:
-        fifo = self._fifo
-        while fifo and fifo[0].place is not Place.QUEUED:
-            self._forget_hole(fifo[0])
-            fifo.popleft().in_fifo = False
-
-    def _forget_hole(self, entry: Entry) -> None:
-        self._holes -= 1
-        if entry.skipped_over:
-            self.skips_of_head -= 1
-            entry.skipped_over = False
+        fifo, queued, holes, skips = self._fifo, Place.QUEUED, 0, 0
+        while fifo and (entry := fifo[0]).place is not queued:
+            holes += 1
+            if entry.skipped_over:
+                skips += 1
+                entry.skipped_over = False
+            entry.in_fifo = False
+            fifo.popleft()
+        self._holes -= holes
+        self.skips_of_head -= skips
 
     def _compact(self) -> None:
         """Drop the holes that count for nothing (cancelled, or joined to another's run)."""

@@ -219,14 +219,11 @@ class Hotset:
             # In a large cluster some GPU has cheap room at any time. Where there are other queues, their requests would
             # take this GPU meanwhile, and that one as well.
             return False
-        lines = cluster.queue.models
+        lines, latest_s = cluster.queue.models.keys(), now_s + load.total_s
         for gpu in cluster.gpus.values():
-            if gpu.work is None:
-                continue
-            wait_s = max(gpu.busy_until_s - now_s, 0.0)
-            if wait_s < load.total_s and lines.keys().isdisjoint(gpu.memory.residents):
+            if gpu.work is not None and gpu.busy_until_s < latest_s and lines.isdisjoint(gpu.memory.residents):
                 other = _load_on(cluster, gpu, outlook, now_s)
-                if other is not None and wait_s + other.total_s < load.total_s:
+                if other is not None and max(gpu.busy_until_s, now_s) + other.total_s < latest_s:
                     return True
         return False
 
