@@ -9,12 +9,16 @@ import pytest
 from faas_world import ON_GPU, Faas, echo, serving, until
 
 from hotset.functions.http_envelope import RESPONSE, ResponseHead, pack
+from hotset.gateway.auth import ApiKeys, key_digest
+from hotset.gateway.callers import NOBODY, Caller, Callers
+from hotset.gateway.control import Control
 from hotset.gateway.openfaas import queue as queue_module
 from hotset.gateway.openfaas.callbacks import CallbackPolicy
 from hotset.gateway.openfaas.labels import Retrying, go_duration_s, read_retrying
 from hotset.node.fake import FakeFunction
 from hotset.node.interface import Answer, Call
 from hotset.store import async_calls
+from hotset.store.datastore import ApiKeyRecord
 
 CALLBACK = "http://app.example.com/done?id=1"
 
@@ -263,6 +267,59 @@ def test_calls_survive_a_restart(tmp_path):
 
     with_callbacks(first, tmp_path)
     with_callbacks(second, tmp_path)
+
+
+def test_a_call_is_on_the_account_of_who_sent_it_even_if_his_key_is_gone_when_it_is_made(tmp_path):
+    key = ApiKeyRecord(
+        name="team-a", function="cat", digest=key_digest(b"hs_a"), created_at_s=0.0, weight=2.0, priority=1
+    )
+
+    async def first(faas: Faas, receiver: Receiver):
+        await faas.deploy("cat", "cat", **ON_GPU)
+        faas.node.default = FakeFunction(load_s=3600, respond=echo)
+        faas.control.callers = Callers(ApiKeys([key]), "X-Tenant")
+        for headers in ({"x-api-key": "hs_a", "x-hotset-priority": "2"}, {"x-tenant": "ann"}, {}):
+            reply = await faas.http.post("/async-function/cat", headers={"x-callback-url": CALLBACK, **headers})
+            assert reply.status_code == 202
+        refused = await faas.http.post("/async-function/cat", headers={"x-hotset-priority": "high"})
+        assert (refused.status_code, "priority" in refused.json()["error"]) == (400, True)
+        assert faas.queued() == 3
+
+    async def second(faas: Faas, receiver: Receiver):
+        await until(lambda: len(receiver.requests) == 3)
+        assert {each.headers["x-function-status"] for each in receiver.requests} == {"200"}
+        usage = faas.control.scheduler.cluster.queues.usage
+        assert {name: spent.requests for name, spent in usage.items()} == {"team-a": 1, "ann": 1, "": 1}
+        assert sorted(seen, key=lambda each: each.name) == [NOBODY, Caller("ann"), Caller("team-a", 2.0, 1)]
+
+    seen: list[Caller] = []
+    submit = Control.submit
+
+    def watched(self, *args, caller, **kwargs):
+        seen.append(caller)
+        return submit(self, *args, caller=caller, **kwargs)
+
+    with_callbacks(first, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Control, "submit", watched)
+        with_callbacks(second, tmp_path)
+
+
+def test_a_flood_of_one_caller_or_for_one_function_keeps_nobody_waiting_until_it_is_over(tmp_path):
+    async def story(faas: Faas, receiver: Receiver):
+        faas.control.callers = Callers(header="X-Tenant")
+        faas.node.default = FakeFunction(load_s=0, inference_s=0.02, respond=echo)
+        for name in ("cat", "dog"):
+            await faas.deploy(name, "cat", **ON_GPU)
+        for _ in range(30):
+            await faas.http.post("/async-function/cat", headers={"x-tenant": "flood"})
+        for function, tenant in (("cat", "ann"), ("dog", "bob")):
+            headers = {"x-tenant": tenant, "x-callback-url": CALLBACK}
+            assert (await faas.http.post(f"/async-function/{function}", headers=headers)).status_code == 202
+        await until(lambda: len(receiver.requests) == 2)
+        assert faas.queued() > 10, "the flood goes on"
+
+    with_callbacks(story, tmp_path)
 
 
 def test_a_streamed_answer_is_gathered(tmp_path):

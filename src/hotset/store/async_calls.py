@@ -15,23 +15,38 @@ from pathlib import Path
 import msgspec
 
 from hotset.errors import StoreError
+from hotset.store.migrations import open_migrated
+from hotset.vocabulary import NORMAL_PRIORITY
 
 FILE_NAME = "async.db"
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS calls (
-    number INTEGER PRIMARY KEY, call_id TEXT NOT NULL, function TEXT NOT NULL, state TEXT NOT NULL,
-    attempts INTEGER NOT NULL, status INTEGER NOT NULL, reason TEXT NOT NULL, accepted_at_s REAL NOT NULL,
-    request TEXT NOT NULL, body BLOB NOT NULL
-);
-CREATE INDEX IF NOT EXISTS calls_by_id ON calls (call_id);
-CREATE INDEX IF NOT EXISTS calls_by_state ON calls (state, number);
-"""
+MIGRATIONS = (
+    # The first files had no version number: what this makes may be there.
+    """
+    CREATE TABLE IF NOT EXISTS calls (
+        number INTEGER PRIMARY KEY, call_id TEXT NOT NULL, function TEXT NOT NULL, state TEXT NOT NULL,
+        attempts INTEGER NOT NULL, status INTEGER NOT NULL, reason TEXT NOT NULL, accepted_at_s REAL NOT NULL,
+        request TEXT NOT NULL, body BLOB NOT NULL
+    );
+    CREATE INDEX IF NOT EXISTS calls_by_id ON calls (call_id);
+    CREATE INDEX IF NOT EXISTS calls_by_state ON calls (state, number);
+    """,
+    """
+    ALTER TABLE calls ADD COLUMN caller TEXT NOT NULL DEFAULT '';
+    ALTER TABLE calls ADD COLUMN weight REAL NOT NULL DEFAULT 1.0;
+    ALTER TABLE calls ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;
+    """,
+)
+"""Only ever added to."""
 
 MOST_DEAD = 10_000
 QUEUED, DEAD = "queued", "dead"
-_COLUMNS = ("number", "call_id", "function", "state", "attempts", "status", "reason", "accepted_at_s", "body_bytes")
-_ROW = ", ".join(_COLUMNS[:-1]) + ", LENGTH(body)"
+_WRITTEN = (
+    *("call_id", "function", "caller", "weight", "priority"),
+    *("state", "attempts", "status", "reason", "accepted_at_s"),
+)
+_COLUMNS = ("number", *_WRITTEN, "body_bytes")
+_ROW = f"number, {', '.join(_WRITTEN)}, LENGTH(body)"
 
 
 class AsyncRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +66,10 @@ class AsyncCall(msgspec.Struct, frozen=True, kw_only=True):
     call_id: str
     function: str
     """As invoked: ``NAME`` or ``NAME.NAMESPACE``."""
+    caller: str = ""
+    """Who sent it, as known when it was accepted, whatever becomes of his key; empty: nobody in particular."""
+    weight: float = 1.0
+    priority: int = NORMAL_PRIORITY
     state: str = QUEUED
     """``queued``: it will be tried (again). ``dead``: given up, kept to be looked at."""
     attempts: int = 0
@@ -70,10 +89,7 @@ class AsyncCalls:
         self._lock = threading.Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
-            self._connection.executescript(_SCHEMA)
+            self._connection = open_migrated(self._path, MIGRATIONS)
         except (sqlite3.Error, OSError) as error:
             raise StoreError(f"{self._path} cannot be opened ({error}); restore or remove it") from error
 
@@ -83,12 +99,9 @@ class AsyncCalls:
             connection.executemany("DELETE FROM calls WHERE number = ?", [(number,) for number in ended])
             return [
                 connection.execute(
-                    "INSERT INTO calls (call_id, function, state, attempts, status, reason, accepted_at_s,"
-                    " request, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING number",
-                    (
-                        *(call.call_id, call.function, call.state, call.attempts, call.status, call.reason),
-                        *(call.accepted_at_s, msgspec.json.encode(request).decode(), body),
-                    ),
+                    f"INSERT INTO calls ({', '.join(_WRITTEN)}, request, body)"  # noqa: S608
+                    f" VALUES ({'?, ' * len(_WRITTEN)}?, ?) RETURNING number",
+                    (*(getattr(call, name) for name in _WRITTEN), msgspec.json.encode(request).decode(), body),
                 ).fetchone()[0]
                 for call, request, body in added
             ]

@@ -19,6 +19,7 @@ import msgspec
 
 from hotset.errors import StoreError
 from hotset.store.datastore import BundleRecord, FunctionRecord, ImageRecord, Named, NamedRecord, ProfileRecord
+from hotset.store.migrations import open_migrated
 
 Record = TypeVar("Record", bound=msgspec.Struct)
 
@@ -39,7 +40,7 @@ MIGRATIONS = (
     ) WITHOUT ROWID;
     """,
 )
-"""Step n brings a file of version n to n + 1. Steps are only ever added."""
+"""Only ever added to."""
 
 
 class SqliteDatastore:
@@ -65,7 +66,7 @@ class SqliteDatastore:
                 f"another hotset server uses {directory}; stop it or give another with --data-dir"
             ) from None
         try:
-            self._connection = self._open()
+            self._connection = open_migrated(self._path, MIGRATIONS)
         except sqlite3.Error as error:
             self._owner.close()
             raise StoreError(f"{self._path} cannot be opened ({error}); restore or remove it") from error
@@ -138,19 +139,6 @@ class SqliteDatastore:
             self._connection.close()
             self._owner.close()
 
-    def _open(self) -> sqlite3.Connection:
-        # isolation_level=None: transactions begin and end where this file says so. The lock makes threads take turns.
-        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            # A deploy that was answered must survive a power cut; FULL costs one disk flush per transaction.
-            connection.execute("PRAGMA synchronous = FULL")
-            _migrate(connection, self._path)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
@@ -184,12 +172,3 @@ class SqliteDatastore:
 
 def _encode(record: msgspec.Struct) -> str:
     return msgspec.json.encode(record).decode()
-
-
-def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(MIGRATIONS):
-        raise StoreError(f"{path} was written by a newer hotset; upgrade hotset or give another --data-dir")
-    for step in range(version, len(MIGRATIONS)):
-        # One transaction per step, its version number included: a crash between two steps is taken up here.
-        connection.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[step]} PRAGMA user_version = {step + 1}; COMMIT;")

@@ -13,6 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from hotset.gateway.callers import CallerError
+from hotset.gateway.control import Control
 from hotset.gateway.openfaas.callbacks import CallbackPolicy
 from hotset.gateway.openfaas.queue import AsyncQueue
 from hotset.gateway.operations import ACCEPTED, Answer, Operation, Parameter, name_parameter
@@ -45,7 +47,8 @@ class AsyncCallStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AsyncApi:
-    def __init__(self, queue: AsyncQueue, policy: CallbackPolicy, *, max_body_bytes: int) -> None:
+    def __init__(self, control: Control, queue: AsyncQueue, policy: CallbackPolicy, *, max_body_bytes: int) -> None:
+        self._control = control
         self.queue = queue
         self._policy = policy
         self._max_body_bytes = max_body_bytes
@@ -113,6 +116,10 @@ class AsyncApi:
         function = request.path_params["name"]
         if not _NAME.fullmatch(function):
             raise HTTPException(404, f"there is no function {function[:80]!r}")
+        try:
+            caller = self._control.callers.of(dict(request.scope["headers"]))
+        except CallerError as error:
+            raise HTTPException(400, str(error)) from None
         callback = request.headers.get("x-callback-url") or None
         if callback is not None:
             await self._policy.check(callback)
@@ -130,7 +137,7 @@ class AsyncApi:
             ),
             callback_url=callback,
         )
-        await self.queue.accept(call_id, function, stored, body)
+        await self.queue.accept(call_id, function, caller, stored, body)
         return Response(status_code=202, headers={"x-call-id": call_id, "x-start-time": str(started_ns)})
 
     async def listed(self, request: Request) -> Response:

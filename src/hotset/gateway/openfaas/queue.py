@@ -12,8 +12,9 @@ import heapq
 import logging
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
@@ -28,6 +29,7 @@ from hotset.gateway.openfaas.callbacks import Callbacks
 from hotset.gateway.openfaas.invocation import Headers, forwarded, is_process, is_response, opened, request_envelope
 from hotset.gateway.openfaas.labels import Retrying, read_retrying
 from hotset.gateway.openfaas.naming import key_of
+from hotset.gateway.openfaas.turns import Turns
 from hotset.gateway.statuses import error_body
 from hotset.store.async_calls import DEAD, QUEUED, AsyncCall, AsyncCalls, AsyncRequest
 from hotset.store.datastore import FunctionRecord
@@ -42,7 +44,6 @@ MOST_ANSWER_BYTES = 64 << 20
 CALLBACK_ATTEMPTS = 6
 CALLBACK_WAIT_S = 0.5
 """Before the second attempt; doubled each time."""
-CALLER = Caller("async")
 
 log = logging.getLogger("hotset.gateway")
 
@@ -77,8 +78,8 @@ class AsyncQueue:
         self._records = records
         self._most_queued = most_queued
         self._unix_time = unix_time
-        self._lines: dict[str, deque[AsyncCall]] = {}
-        """Ready to be made, by function: they take turns, and none waits behind another's calls."""
+        self._waiting = Turns()
+        """Ready to be made."""
         self._later: list[tuple[float, int, AsyncCall]] = []
         """To be tried again: when, number, call."""
         self._running: set[asyncio.Task[None]] = set()
@@ -134,13 +135,20 @@ class AsyncQueue:
 
     def pending(self) -> Counter[str]:
         """Calls that wait to be made, or made again, by function. Linear in them."""
-        waiting = [call for line in self._lines.values() for call in line]
-        waiting += [call for _, _, call in self._later]
+        waiting = [*self._waiting, *(call for _, _, call in self._later)]
         return Counter(call.function for call in waiting if call.number in self._known)
 
-    async def accept(self, call_id: str, function: str, request: AsyncRequest, body: bytes) -> None:
+    async def accept(self, call_id: str, function: str, caller: Caller, request: AsyncRequest, body: bytes) -> None:
         """Returns when the call is on the disk; raises ``StoreError`` when it cannot be written."""
-        call = AsyncCall(call_id=call_id, function=function, accepted_at_s=self._unix_time(), body_bytes=len(body))
+        call = AsyncCall(
+            call_id=call_id,
+            function=function,
+            caller=caller.name,
+            weight=caller.weight,
+            priority=caller.priority,
+            accepted_at_s=self._unix_time(),
+            body_bytes=len(body),
+        )
         written: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._added.append((call, request, body, written))
         self._to_write.set()
@@ -192,7 +200,7 @@ class AsyncQueue:
         if call.number not in self._known:
             self._known[call.number] = call.body_bytes
             self._bytes += call.body_bytes
-        self._lines.setdefault(call.function, deque()).append(call)
+        self._waiting.add(call)
         self._news.set()
 
     def _forget(self, call: AsyncCall) -> None:
@@ -208,30 +216,26 @@ class AsyncQueue:
                 self._ready(heapq.heappop(self._later)[2])
             while self._take_turns():
                 pass
-            waits_s = LOOK_S if self._lines else None
+            waits_s = LOOK_S if self._waiting else None
             if self._later:
                 until_s = max(0.0, self._later[0][0] - loop.time())
                 waits_s = until_s if waits_s is None else min(waits_s, until_s)
-            try:
-                await asyncio.wait_for(self._news.wait(), waits_s)
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):  # not wait_for: before Python 3.12 it may overlook that stop() cancels this
+                async with asyncio.timeout(waits_s):
+                    await self._news.wait()
 
     def _take_turns(self) -> bool:
         """Make one call of each function that there is room for; whether there was any."""
         made = False
-        for function in list(self._lines):
+        for function in self._waiting.functions():
             made |= self._next_of(function)
         return made
 
     def _next_of(self, function: str) -> bool:
-        """Make the oldest call of a function, if there is room for it; whether there was."""
-        line = self._lines[function]
+        """Make the next call of a function, if there is room for it; whether there was."""
         if len(self._running) >= MOST_OPEN or not self._control.accepting or not self._room(key_of(function)):
             return False
-        call = line.popleft()
-        if not line:
-            del self._lines[function]
+        call = self._waiting.take(function)
         if call.number in self._known:
             coming = self._coming[self._on_gpu(key_of(function))]
             coming[function] += 1
@@ -334,11 +338,12 @@ class AsyncQueue:
             added = forwarded(None, given.get("host", ""), call.call_id, int(call.accepted_at_s * 1e9))
             body = request_envelope("POST", request.path, request.query, request.headers, body, added)
             content_type = REQUEST
+        caller = Caller(call.caller, call.weight, call.priority)
         on_gpu = version.spec.scheduled is not None
         self._on_gpus += on_gpu
         self.inflight[call.function] += 1
         try:
-            result = await self._control.call(key, body, content_type, accept, caller=CALLER)
+            result = await self._control.call(key, body, content_type, accept, caller=caller)
             if not self._control.accepting and result.record.status == 503:
                 return None
             return await _read(version, result)

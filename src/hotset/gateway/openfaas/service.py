@@ -91,7 +91,7 @@ async def system_front(
         control,
         deployments,
         secrets=secrets,
-        asynchronous=AsyncApi(queue, policy, max_body_bytes=config.max_body_bytes),
+        asynchronous=AsyncApi(control, queue, policy, max_body_bytes=config.max_body_bytes),
         keys=keys,
         role=config.role,
         described=described,
