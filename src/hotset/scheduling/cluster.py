@@ -101,6 +101,8 @@ class Cluster:
         self.gpus: dict[str, GpuState] = {}
         self.largest_bytes = 0
         """The most memory that a GPU has beside what is pinned there; 0: there is none."""
+        self._capacity_bytes = 0
+        """Of the largest GPU."""
         self.idle: OrderedDict[GpuState, None] = OrderedDict()
         """GPUs with nothing to do, the one idle longest first."""
         self.prices = Prices(self)
@@ -269,15 +271,18 @@ class Cluster:
         """Bring what is kept free for a model up to date. The margin ends where the largest GPU does: one that is
         alone there crowds nobody, and what was seen to fit is not refused."""
         model, known = self.models[name], self.profiles.footprints[name]
-        largest_bytes = max((gpu.memory.capacity_bytes for gpu in self.gpus.values()), default=0)
-        need_bytes = max(known.largest_bytes, min(known.need_bytes, largest_bytes)) or model.memory_bytes
+        need_bytes = max(known.largest_bytes, min(known.need_bytes, self._capacity_bytes)) or model.memory_bytes
         if need_bytes != model.memory_bytes:
             self.models[name] = msgspec.structs.replace(model, memory_bytes=need_bytes)
         return need_bytes != model.memory_bytes
 
-    def _size_all(self) -> None:
-        for name in self.models:
-            self._size(name)
+    def _measure_capacity(self) -> None:
+        """GPUs came or went. Linear in models only where the largest one did."""
+        capacity_bytes = max((gpu.memory.capacity_bytes for gpu in self.gpus.values()), default=0)
+        if capacity_bytes != self._capacity_bytes:
+            self._capacity_bytes = capacity_bytes
+            for name in self.models:
+                self._size(name)
 
     def join(self, gpu: Gpu) -> GpuState:
         self._joined += 1
@@ -286,7 +291,7 @@ class Cluster:
         self.largest_bytes = max(self.largest_bytes, gpu.memory_bytes)
         self._holders.joined(state)
         self.set_idle(state)
-        self._size_all()
+        self._measure_capacity()
         return state
 
     def leave(self, gpu_id: str) -> GpuState:
@@ -295,7 +300,7 @@ class Cluster:
         self._holders.left(gpu)
         self.cache.drop_gpu(gpu_id)
         self.prices.left(gpu_id)
-        self._size_all()
+        self._measure_capacity()
         self.measure_room()
         return gpu
 
