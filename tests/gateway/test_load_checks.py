@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from hotset.gateway.load_checks import check_load
 from hotset.node.spawner import child_environment
-from hotset.node.worker.check import check
+from hotset.node.worker.check import compare
 
 HEAD = """
 import os
@@ -54,7 +54,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def checked(folder: Path, load: str, most_bytes: int = MANY) -> tuple[bool, str]:
     (folder / "checked_model.py").write_text(HEAD + load + TAIL)
-    found = check(str(folder), "checked_model:Model", most_bytes)
+    found = compare(str(folder), "checked_model:Model", most_bytes).check
     return found.fast, found.text
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import httpx
+import numpy as np
+import onnx
 import torch
 from live_server import ENDS_WITHIN_S, LiveServer, live_server
+from onnx import TensorProto, helper, numpy_helper
 
 from hotset.cli.remote import Remote
 
@@ -76,3 +80,32 @@ def test_a_saved_state_is_converted_after_its_deploy_and_mapped_from_then_on(tmp
         total, maps = remote.invoke("saved", b"{}", {}).json()
     assert float(total) == 1 << 18
     assert "net.pt.safetensors" in maps
+
+
+def test_an_onnx_file_is_converted_after_its_deploy_and_counts_as_much_memory_as_before(tmp_path: Path) -> None:
+    width = 2500
+    weights = numpy_helper.from_array(np.eye(width, dtype="float32"), "w")
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "net", [x], [y], [weights])
+    code = tmp_path / "code"
+    code.mkdir()
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), code / "net.onnx")
+    (code / "function.py").write_text(
+        "from hotset.functions.model_files import model_file, settings_from\n\n"
+        "Model = model_file('net.onnx', settings_from({'gpu_memory': '90MiB'}))\n"
+    )
+    row = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, width], "data": list(range(width))}]}
+    with live_server(tmp_path / "data", "--gpu-memory", "100MiB") as server:
+        server.deploy_path("net", code)
+        equal = "equal to the ordinary load, bit by bit; ONNX mapped as packed: net.onnx"
+        assert verdict(server, "net") == equal
+    with live_server(tmp_path / "data", "--gpu-memory", "100MiB") as server, Remote(server.url) as remote:
+        answer = httpx.post(f"{server.url}/v2/models/net/infer", json=row, timeout=ENDS_WITHIN_S).json()
+        assert "outputs" in answer, answer
+        assert answer["outputs"][0]["data"] == list(range(width))
+        memory_bytes = remote.function("net")["hotset"]["measured_memory_bytes"]
+        assert memory_bytes >= 4 * width**2
+        maps = [Path(f"/proc/{pid}/maps").read_text() for pid in server.gpu_pids()]
+        assert any(".tensors/net.onnx/weights" in each for each in maps)
+    (folder,) = (tmp_path / "data").rglob("*.tensors")
+    assert [path.name for path in folder.iterdir()] == ["net.onnx"]

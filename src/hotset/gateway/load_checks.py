@@ -37,7 +37,8 @@ class LoadChecks:
     def start(self, record: FunctionRecord, path: Path, python: str, checked: Checked) -> None:
         """Have ``checked`` called with what comes of it, if this version has loads that could be made fast."""
         fits = record.options.kind is FunctionKind.GPU and record.entry != PROCESS_ENTRY
-        if fits and "torch" in record.frameworks and record.load_check is None:
+        made_fast = "torch" in record.frameworks or any(path.rglob("*.onnx"))
+        if fits and made_fast and record.load_check is None:
             task = asyncio.get_running_loop().create_task(self._run(record, path, python, checked))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

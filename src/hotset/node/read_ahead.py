@@ -19,6 +19,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from hotset.node.worker.converted import twin_of
+from hotset.node.worker.converted_sessions import weights_twin_of
 
 LEAST_BYTES = 1 << 20
 """Smaller files are read in no time."""
@@ -50,7 +51,7 @@ class ReadAhead:
         self._asked.add(model)
         if model not in self._files:
             self._remember(model, large_files(Path(code_path)))
-        twins = ((path, twin_of(path, code_path)) for path in self._files[model])
+        twins = ((path, twin_of(path, code_path) or weights_twin_of(path, code_path)) for path in self._files[model])
         if files := tuple(twin if twin and os.path.exists(twin) else path for path, twin in twins):
             if self._thread is None:
                 self._thread = threading.Thread(target=self._read, name="hotset-read-ahead", daemon=True)

@@ -1,8 +1,9 @@
 """Whether fast loads of a function (``fast_load.py``) give what its own ``load`` gives.
 
 ``python -m hotset.node.worker.check CODE ENTRY MOST_BYTES``, run once for each deployed version, in the background and
-on the CPU: files of tensors are converted (``converted.py``), then the function is loaded both ways, and every tensor
-that the two objects hold is compared, bit by bit.
+on the CPU: files of tensors and ONNX files are converted (``converted.py``, ``converted_sessions.py``), then the
+function is loaded both ways, and every tensor that the two objects hold, and what their ONNX sessions answer, is
+compared, bit by bit.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,56 +23,88 @@ from hotset.functions.loading import load_entry
 from hotset.functions.runtime import Runtime
 from hotset.functions.units import format_bytes
 from hotset.node.worker.converted import convert_all, folder_of
+from hotset.node.worker.converted_sessions import (
+    UNCHECKED,
+    Made,
+    accept,
+    convert_sessions,
+    sessions_difference,
+    watched_sessions,
+)
 from hotset.node.worker.fast_load import Incomplete, fast_load
 from hotset.node.worker.faults import describe
 from hotset.node.worker.memory import found_bytes, reachable
 
 
+class Compared(msgspec.Struct, frozen=True):
+    check: LoadCheck
+    sessions: tuple[str, ...] = ()
+    """ONNX files of the bundle of which sessions were compared and found equal."""
+
+
 def convert_and_check(code_path: str, entry: str, most_bytes: int) -> LoadCheck:
-    """Convert the bundle's files of tensors first, so that what is checked is what will be loaded."""
+    """Convert the bundle's files first, so that what is checked is what will be loaded."""
     names: list[str] = []
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401 - what converts needs it
 
         names = convert_all(code_path, most_bytes)
-    checked = check(code_path, entry, most_bytes)
-    if not names:
-        return checked
-    if not checked.fast:
+    sessions = convert_sessions(code_path, most_bytes)
+    compared = compare(code_path, entry, most_bytes)
+    accept(code_path, sessions, compared.sessions)
+    if not compared.check.fast:
         shutil.rmtree(folder_of(code_path), ignore_errors=True)
-        return checked
-    return msgspec.structs.replace(checked, text=f"{checked.text}; mapped as safetensors: {', '.join(names)}")
+        return compared.check
+    said = [compared.check.text]
+    for how, files in {
+        "mapped as safetensors": names,
+        "ONNX mapped as packed": [name for name in sessions if name in compared.sessions],
+        "ONNX read as it is": [name for name in sessions if name not in compared.sessions],
+    }.items():
+        if files:
+            said.append(f"{how}: {', '.join(files)}")
+    return msgspec.structs.replace(compared.check, text="; ".join(said))
 
 
-def check(code_path: str, entry: str, most_bytes: int) -> LoadCheck:
+def compare(code_path: str, entry: str, most_bytes: int) -> Compared:
     """``most_bytes``: what an ordinary load may take of this machine's memory."""
     try:
-        fast = _loaded(code_path, entry, lambda: fast_load(code_path))
+        fast, ours = _loaded(code_path, entry, fast_load(code_path, UNCHECKED))
     except Incomplete as reason:
-        return LoadCheck(fast=False, text=f"not used: {reason}")
+        return _found(False, f"not used: {reason}")
     except Exception as error:  # noqa: BLE001 - whatever a user's load raises, here where it was not written for
-        return LoadCheck(fast=True, text=f"not checked: load does not run on this machine's CPU ({describe(error)})")
-    tensors_bytes = sum(found_bytes(fast))
-    if not tensors_bytes:
-        return LoadCheck(fast=True, text="not checked: the object holds no tensors")
-    if tensors_bytes > most_bytes:
-        sizes = f"{format_bytes(tensors_bytes)}, where {format_bytes(most_bytes)} may be used"
-        return LoadCheck(fast=True, text=f"not checked: an ordinary load beside it would take {sizes}")
-    difference = _difference(fast, _loaded(code_path, entry, contextlib.nullcontext))
+        return _found(True, f"not checked: load does not run on this machine's CPU ({describe(error)})")
+    size_bytes = sum(found_bytes(fast)) + sum(each.mapped_bytes for each in ours)
+    if not size_bytes:
+        return _found(True, "not checked: the object holds no tensors")
+    if size_bytes > most_bytes:
+        sizes = f"{format_bytes(size_bytes)}, where {format_bytes(most_bytes)} may be used"
+        return _found(True, f"not checked: an ordinary load beside it would take {sizes}")
+    ordinary, theirs = _loaded(code_path, entry, watched_sessions(""))
+    try:
+        difference = _difference(fast, ordinary) or sessions_difference(ours, theirs)
+    except Exception as error:  # noqa: BLE001 - inputs that were made up may be bad ones of a model
+        return _found(True, f"not checked: the ONNX model refuses made-up inputs ({describe(error)})")
     if difference is not None:
-        return LoadCheck(fast=False, text=f"not used: {difference}")
-    return LoadCheck(fast=True, text="equal to the ordinary load, bit by bit")
+        return _found(False, f"not used: {difference}")
+    sessions = tuple(os.path.relpath(each.path, code_path) for each in ours if each.mapped_bytes)
+    return Compared(LoadCheck(fast=True, text="equal to the ordinary load, bit by bit"), sessions)
 
 
-def _loaded(code_path: str, entry: str, way: Callable[[], AbstractContextManager[None]]) -> Any:
-    """The loaded object, its module imported anew: what a load keeps in there must not serve the next one."""
+def _found(fast: bool, text: str) -> Compared:
+    return Compared(LoadCheck(fast=fast, text=text))
+
+
+def _loaded(code_path: str, entry: str, way: AbstractContextManager[list[Made]]) -> tuple[Any, list[Made]]:
+    """The loaded object, its module imported anew: what a load keeps in there must not serve the next one; and the ONNX
+    sessions it made."""
     runtime = Runtime(load_entry(code_path, entry, reload=True), "cpu")
     random.seed(0)
     if (torch := sys.modules.get("torch")) is not None:
         torch.manual_seed(0)
-    with way():
+    with way as made:
         runtime.load()
-    return runtime.instance
+    return runtime.instance, made
 
 
 def _difference(fast: Any, ordinary: Any) -> str | None:

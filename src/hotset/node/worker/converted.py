@@ -57,7 +57,7 @@ def read_twin(path: Any, code_path: str, *, anywhere: bool) -> Any:
             raise Unreadable("it was not converted")
         file = MappedFile(twin)
         known = file.metadata()
-        if not known.items() >= _origin(path).items() or not (anywhere or known["on_cpu"]):
+        if not known.items() >= origin_of(path).items() or not (anywhere or known["on_cpu"]):
             raise Unreadable("it was changed since, or its tensors go to another device")
         return _unpacked(json.loads(known["content"]), file.get_tensors())
     except (OSError, LookupError, ValueError, TypeError) as error:
@@ -92,7 +92,7 @@ def _convert(path: Path, twin: Path) -> None:
         places.add(location)
         return storage
 
-    origin = _origin(path)
+    origin = origin_of(path)
     loaded = torch.load(path, map_location=place, weights_only=True, mmap=is_zip(path))
     packer = _Packer()
     content = json.dumps(packer.pack(loaded))
@@ -109,7 +109,7 @@ def _convert(path: Path, twin: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _origin(path: str | os.PathLike[str]) -> dict[str, str]:
+def origin_of(path: str | os.PathLike[str]) -> dict[str, str]:
     """What tells whether a file is the one that was converted."""
     now = os.stat(path)
     return {"size": str(now.st_size), "modified_ns": str(now.st_mtime_ns)}

@@ -6,7 +6,8 @@ memory. While a function loads, ``fast_load``
 
 - copies layers that are like one before (``module_templates.py``),
 - skips the initialisation of parameters (``torch.nn.init``),
-- maps files of tensors in place of reading them (``tensor_files.py``, ``converted.py``),
+- maps files of tensors in place of reading them (``tensor_files.py``, ``converted.py``), also an ONNX session's
+  (``converted_sessions.py``),
 - lets ``load_state_dict`` bind the state's own tensors, which are pages of the file that all processes of the machine
   share, in place of copying them,
 - and lets ``to`` return at once where all of a module is on the CPU already, and is sent there.
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hotset.node.worker.converted import read_twin
+from hotset.node.worker.converted_sessions import Made, watched_sessions
 from hotset.node.worker.module_templates import LAYERS, Templates
 from hotset.node.worker.tensor_files import MappedFile, Unreadable, is_zip
 
@@ -61,10 +63,17 @@ class _Watched:
 
 
 @contextlib.contextmanager
-def fast_load(code_path: str = "") -> Iterator[None]:
-    """While the context is open, modules are built and loaded as described above; does nothing where torch is not
-    imported. ``code_path``: the function's bundle, files of which may have been converted. Raises ``Incomplete`` at its
-    end when that left a parameter without its values."""
+def fast_load(code_path: str = "", sessions_ending: str = "") -> Iterator[list[Made]]:
+    """While the context is open, modules and ONNX sessions are built and loaded as described above, where their
+    framework is imported; gives the sessions made. ``code_path``: the function's bundle, files of which may have been
+    converted; ``sessions_ending``: see ``watched_sessions``. Raises ``Incomplete`` at its end when that left a
+    parameter without its values."""
+    with watched_sessions(code_path, sessions_ending) as made, _fast_modules(code_path):
+        yield made
+
+
+@contextlib.contextmanager
+def _fast_modules(code_path: str) -> Iterator[None]:
     torch = sys.modules.get("torch")
     if torch is None:
         yield

@@ -6,7 +6,6 @@ is for the node to judge.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import traceback
@@ -33,6 +32,7 @@ from hotset.node.frames import (
 from hotset.node.interface import Call
 from hotset.node.worker import environment
 from hotset.node.worker.channel import ByeError, Channel, ClosedError
+from hotset.node.worker.converted_sessions import watched_sessions
 from hotset.node.worker.fast_load import Incomplete, fast_load
 from hotset.node.worker.faults import classify, describe, load_failure
 from hotset.node.worker.imports import frameworks_of, watched
@@ -148,11 +148,13 @@ class Worker:
             limited = _limit_cuda(order)
             before_bytes = private_bytes()
             try:
-                with fast_load(order.code_path) if order.fast else contextlib.nullcontext():
+                way = fast_load(order.code_path) if order.fast else watched_sessions("")
+                with way as sessions:
                     runtime.load()
+                mapped_bytes = sum(each.mapped_bytes for each in sessions)
             except Incomplete as reason:
                 sys.stderr.write(f"hotset: load is run as it is, which is slower: {reason}\n")
-                runtime = _runtime(order)
+                runtime, mapped_bytes = _runtime(order), 0
                 trim_heap()
                 runtime.load()
             if not limited:
@@ -162,7 +164,7 @@ class Worker:
             return load_failure(error)
         memory_bytes = 0
         if order.limit_bytes is not None:
-            growth_bytes = max(0, private_bytes() - before_bytes)
+            growth_bytes = max(0, private_bytes() - before_bytes) + mapped_bytes
             if order.entry == PROCESS_ENTRY:
                 # What a command takes of a CUDA device only the driver can say, which the node asks.
                 memory_bytes = 0 if order.device.startswith("cuda") else children_bytes()
