@@ -25,9 +25,9 @@ MOST_PRICED = 4
 """Models for which one decision looks for the cheapest GPU."""
 MOST_HELPED = 16
 """Requests of one line for which the use of a further copy is worked out."""
-HEAD_START_LOADS = 0.7
+HEAD_START_LOADS = 2.0
 """Added to a line's age, in typical loads: a young line of many requests is worth a load before an old line of one."""
-RELOAD_PRICE = 2.0
+RELOAD_PRICE = 5.0
 """GPU time that a second of the victims' callers' waiting stands for: they wait, and a GPU loads, for whom it loses."""
 GPU_TIME_PRICE = 0.3
 """Waiting that a second of an idle GPU's time, spent on a load that could be done without, causes elsewhere."""
