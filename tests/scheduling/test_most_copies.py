@@ -119,3 +119,14 @@ def test_a_pin_takes_the_place_of_a_copy_that_is_in_use_once_it_is_not():
     world.drain()
     assert len(holders(world, "a")) == 1
     assert not world.open
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_only_copy_there_may_be_serves_on_where_a_larger_one_would_not_fit(policy):
+    world = World(policy, gpus=(2.0,), models=[model("a", 1.0, max_copies=1)])
+    world.arrive("a")
+    world.serve("g0")
+    world.join(8.0)
+    world.add(model("a", 5.0, max_copies=1))
+    waits = world.arrive("a")
+    assert world.running("g0") == (waits,)

@@ -16,7 +16,8 @@ class Lb:
         if not cluster.idle:
             return None
         for entry in cluster.queue.in_order():
-            gpu = cluster.first_idle(entry.model)
+            # Where no further copy may be, or none fits, the copies there are serve on: a model may have grown since.
+            gpu = cluster.first_idle(entry.model) or cluster.idle_holder(entry.model)
             if gpu is not None:
                 return Placement(entry, gpu, Rule.NEXT_IDLE)
         return None
