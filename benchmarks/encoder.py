@@ -5,7 +5,7 @@ Run there, a floor is measured in the same kind of process, with the same thread
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import json
 import mmap
 import os
@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hotset
-from hotset.node.worker.residency import Slab, Weights
+from hotset.node.worker.slab import Slab
+from hotset.node.worker.staging import Copy, StagingRing
 
 SIZES = {"100": (512, 8, 2048), "500": (1024, 10, 4096), "1500": (1024, 30, 4096)}
 """Width, layers and width of the layers' middle, by megabytes of float32."""
@@ -167,30 +168,58 @@ class Floors:
 
     def copied(self, size: str, path: str) -> float:
         """A copy of so many bytes between two pieces of memory that were used before."""
-        source = torch.ones(os.path.getsize(path), dtype=torch.uint8)
-        target = torch.frombuffer(self._buffer(source.numel()), dtype=torch.uint8)
+        source, target = self._pair(path)
         begin_s = time.perf_counter()
         target.copy_(source)
         return time.perf_counter() - begin_s
 
-    def came_back(self, size: str, path: str) -> float:
-        """The restore of a CUDA GPU's model, with tensors on the CPU in their place."""
-        net = Net(*SIZES[size])
-        net.load_state_dict({name: each.clone() for name, each in load_file(path).items()}, assign=True)
-        weights = Weights(list(net.parameters()))
-        slab = Slab(weights.size_bytes, pinned=False)
-        weights.leave(slab.tensor, contextlib.nullcontext())
+    def copied_alone(self, size: str, path: str) -> float:
+        """The same by one thread."""
+        source, target = self._pair(path)
         begin_s = time.perf_counter()
-        weights.come_back(slab.tensor, contextlib.nullcontext())
-        seconds = time.perf_counter() - begin_s
-        slab.close()
-        return seconds
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), len(source))
+        return time.perf_counter() - begin_s
+
+    def staged(self, size: str, path: str) -> float:
+        """The host's part of such a copy to a CUDA GPU, by one thread: from its memory to the staging ring."""
+        source, target = self._pair(path)
+        ring = StagingRing(NoBus())
+        begin_s = time.perf_counter()
+        ring.copy_in([Copy(target, source)])
+        return time.perf_counter() - begin_s
+
+    def _pair(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        source = torch.ones(os.path.getsize(path), dtype=torch.uint8)
+        return source, torch.frombuffer(self._buffer(source.numel()), dtype=torch.uint8)
 
     def _buffer(self, size_bytes: int) -> mmap.mmap:
         buffer = mmap.mmap(-1, size_bytes)
         buffer.madvise(mmap.MADV_HUGEPAGE)
         torch.frombuffer(buffer, dtype=torch.uint8).fill_(1)
         return buffer
+
+
+class NoBus:
+    """A ``CopyStream`` whose copies take no time, because nothing is copied: what is left is the host's part."""
+
+    def pinned(self, size_bytes: int) -> Slab:
+        slab = Slab(size_bytes, pinned=False)
+        slab.tensor.fill_(1)  # pinned memory is there
+        return slab
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor)
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        pass
+
+    def event(self) -> NoBus:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+    after_current = before_current = synchronize
 
 
 def _views(path: str) -> dict[str, torch.Tensor]:

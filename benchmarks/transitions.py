@@ -252,29 +252,30 @@ async def warm(bench: Bench, size: str) -> Iterator[Row]:
     """WARM -> HOT."""
     spec = bench.encoder(size)
     await bench.driver.load(spec)
-    restores, floors, copies = [], [], []
+    restores, floors, copies, floors_alone = [], [], [], []
     for _ in range(bench.rounds):
         await bench.driver.offload(spec)
         restores.append(await bench.driver.restore(spec))
         floors.append(await bench.floor("copied", size))
-        copies.append(await bench.floor("came_back", size))
+        copies.append(await bench.floor("staged", size))
+        floors_alone.append(await bench.floor("copied_alone", size))
     await bench.driver.unload(spec)
-    restore_s, floor_s, copy_s = map(statistics.median, (restores, floors, copies))
+    restore_s, floor_s, copy_s, alone_s = map(statistics.median, (restores, floors, copies, floors_alone))
     return iter(
         [
             Row(
                 name=f"{name}, {size} MB",
                 value=seconds * MS,
                 unit="ms",
-                floor=floor_s * MS,
-                floor_name="memcpy",
-                ratio=floor_s / seconds,
+                floor=least_s * MS,
+                floor_name=floor_name,
+                ratio=least_s / seconds,
                 bar=">= 70 %",
-                holds=floor_s >= 0.7 * seconds,
+                holds=least_s >= 0.7 * seconds,
             )
-            for name, seconds in (
-                ("WARM -> HOT on a virtual GPU (nothing is copied)", restore_s),
-                ("WARM -> HOT as on CUDA, its tensors on the CPU", copy_s),
+            for name, seconds, floor_name, least_s in (
+                ("WARM -> HOT on a virtual GPU (nothing is copied)", restore_s, "memcpy", floor_s),
+                ("The host's part of WARM -> HOT on CUDA, to the ring", copy_s, "memcpy of one thread", alone_s),
             )
         ]
     )

@@ -46,6 +46,7 @@ CHECKS: Mapping[str, Check] = {
     "parking": copies.parking,
     "tensors": copies.tensors,
     "bandwidth": copies.bandwidth,
+    "staging": copies.staging,
     "overlap": copies.overlap,
     "out of memory": faults.out_of_memory,
     "sticky error": faults.sticky_error,

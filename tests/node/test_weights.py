@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 import warnings
@@ -15,10 +16,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from late_stream import LateStream
 
 from hotset.node.worker import residency
 from hotset.node.worker.memory import reachable
-from hotset.node.worker.residency import CannotPark, Residency, Slab, Weights
+from hotset.node.worker.residency import CannotPark, Residency, Weights
+from hotset.node.worker.slab import Slab
+from hotset.node.worker.staging import StagingRing
 
 
 class Holder:
@@ -40,11 +44,11 @@ class Holder:
 def parked(tensors: list[torch.Tensor]) -> Iterator[Weights]:
     """Inside, the weights are in a slab; afterwards they are back."""
     weights = Weights(tensors)
-    slab = Slab(weights.size_bytes, pinned=False)
+    slab, ring = Slab(weights.size_bytes, pinned=False), StagingRing(LateStream(), buffers=3, buffer_bytes=1024)
     try:
-        weights.leave(slab.tensor, contextlib.nullcontext())
+        weights.leave(slab.tensor, ring)
         yield weights
-        weights.come_back(slab.tensor, contextlib.nullcontext())
+        weights.come_back(slab.tensor, ring)
     finally:
         slab.close()
 
@@ -170,14 +174,6 @@ class FakeCuda:
     def synchronize(self) -> None:
         self.calls.append("synchronize")
 
-    def Stream(self) -> SimpleNamespace:
-        return SimpleNamespace(synchronize=lambda: self.calls.append("stream done"))
-
-    @contextlib.contextmanager
-    def stream(self, stream: object) -> Iterator[None]:
-        self.calls.append("on its stream")
-        yield
-
     def is_initialized(self) -> bool:
         return True
 
@@ -240,18 +236,28 @@ def test_what_the_driver_refused_is_not_blamed_on_the_next_kernel(
 
 def test_a_cuda_model_is_parked_and_comes_back(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    stream = LateStream()
+    stream.calls = cuda.calls
+    monkeypatch.setattr(residency, "process_ring", functools.cache(lambda: StagingRing(stream, buffer_bytes=4096)))
     holder = Holder()
     before = [each.clone() for each in holder.tensors()]
     slab_bytes = Weights(holder.tensors()).size_bytes
     model = Residency(holder, "cuda:0", memory_bytes=99)
     away = model.offload()
-    assert (away.device_bytes, away.host_bytes) == (7, slab_bytes)
+    # What its process holds of the host: the slab, and the ring, which stays.
+    assert (away.device_bytes, away.host_bytes) == (7, slab_bytes + 8 * 4096)
     # All that ran is over before the copies begin, and they are done before the memory goes back.
-    assert cuda.calls == ["register", "synchronize", "on its stream", "stream done", "empty_cache"]
+    assert cuda.calls[:3] == ["synchronize", "pin 32768", "after current"]
+    assert cuda.calls[-1] == "empty_cache"
+    assert stream.unfinished == 0
     assert sum(each.untyped_storage().nbytes() for each in holder.tensors()) == 0
     back = model.restore()
     assert (back.device_bytes, back.host_bytes) == (7, 0)
-    assert cuda.calls[5:] == ["synchronize", "on its stream", "stream done", "unregister"]
+    assert all(torch.equal(one, other) for one, other in zip(holder.tensors(), before, strict=True))
+    for _ in range(3):
+        model.offload()
+        model.restore()
+    assert [call for call in cuda.calls if "pin" in call or "register" in call] == ["pin 32768"]
     assert all(torch.equal(one, other) for one, other in zip(holder.tensors(), before, strict=True))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,7 +15,6 @@ import pytest
 import torch
 from gpu_checks import copies, memory
 from gpu_checks import setup as checks_setup
-from gpu_checks.functions import probe
 from gpu_checks.record import Check, Findings, Outcome, Record, Unavailable
 from gpu_checks.setup import Loaded, Parked, Setup
 
@@ -131,7 +129,7 @@ def test_the_checks_pass_on_virtual_gpus(monkeypatch: pytest.MonkeyPatch, capsys
     status = gpu_check.main(["--virtual", "--json", "--model-mib", "4", "--only", ",".join(names)])
     document = json.loads(capsys.readouterr().out)
     records = {record["name"]: record for record in document["checks"]}
-    needs_cuda = {"device", "allocator", "bandwidth", "overlap"}
+    needs_cuda = {"device", "allocator", "bandwidth", "staging", "overlap"}
     assert {name for name, record in records.items() if record["outcome"] == "SKIP"} == needs_cuda
     assert [record for record in records.values() if record["outcome"] == "FAIL"] == []
     assert (status, document["virtual"], list(records)) == (0, True, names)
@@ -314,20 +312,38 @@ def test_the_allocators_cache_is_seen_and_can_be_had_back(on_a_gpu: Scripted) ->
 
 
 def test_copies_are_judged_by_their_share_of_a_pinned_one(on_a_gpu: Scripted) -> None:
-    rates = dict.fromkeys(("pinned", "to_pinned", "offload", "restore"), 20.0) | {"pageable": 5.0}
-    named = {f"{name}_gb_per_s": rate for name, rate in rates.items()} | {"pinned": 1.0}
+    rates = dict.fromkeys(("pinned", "to_pinned", "offload", "restore", "memcpy"), 20.0)
+    rates |= {"pageable": 5.0, "to_fresh": 20.0}
+    named = {f"{name}_gb_per_s": rate for name, rate in rates.items()} | {"pinned_bytes": 1.0}
     record = on_a_gpu(copies.bandwidth, FakeNvml(), bandwidth=named)
     assert (record.outcome, record.figures["pageable_share"], record.figures["restore_share"]) == (
         Outcome.PASS,
         0.25,
         1.0,
     )
-    slow = named | {"pinned": 0.0, "restore_gb_per_s": 10.0, "offload_gb_per_s": 2.0, "pageable_gb_per_s": 30.0}
+    # Where memcpy is slower than the bus, it is what can be reached.
+    slow_host = named | {"to_fresh_gb_per_s": 5.0, "offload_gb_per_s": 4.0, "memcpy_gb_per_s": 10.0}
+    record = on_a_gpu(copies.bandwidth, FakeNvml(), bandwidth=slow_host | {"restore_gb_per_s": 8.0})
+    assert (record.outcome, record.figures["offload_share"]) == (Outcome.PASS, 0.8)
+    slow = named | {"pinned_bytes": 0.0, "restore_gb_per_s": 10.0, "offload_gb_per_s": 2.0, "pageable_gb_per_s": 30.0}
     record = on_a_gpu(copies.bandwidth, FakeNvml(), bandwidth=slow)
     assert record.why == (
-        "the driver would not pin the slab that models are parked in; "
-        "a pinned copy is slower than a pageable one; offload reaches 10% of a pinned copy; "
-        "restore reaches 50% of a pinned copy"
+        "the driver would not pin the ring that copies go through; "
+        "a pinned copy is slower than a pageable one; "
+        "offload reaches 10% of the slower of a pinned copy and memcpy; "
+        "restore reaches 50% of the slower of a pinned copy and memcpy"
+    )
+
+
+def test_loads_are_judged_by_their_share_of_a_pinned_copy_and_by_what_they_pin(on_a_gpu: Scripted) -> None:
+    fine = {"load_gb_per_s": 20.0, "mapped_gb_per_s": 4.0, "pinned_gb_per_s": 25.0, "memcpy_gb_per_s": 30.0}
+    fine |= {"equal": 1.0, "pins": 0.0, "pinned_bytes": 32.0 * MIB, "pinned_changed_bytes": 0.0}
+    record = on_a_gpu(copies.staging, FakeNvml(), staging=fine)
+    assert (record.outcome, record.figures["load_share"], record.figures["mapped_share"]) == (Outcome.PASS, 0.8, 0.16)
+    wrong = fine | {"load_gb_per_s": 19.0, "equal": 0.0, "pins": 7.0, "pinned_changed_bytes": 1.0}
+    assert on_a_gpu(copies.staging, FakeNvml(), staging=wrong).why == (
+        "a load reaches 76% of a pinned copy (memcpy 30 GB/s); what came through the ring is not what was sent; "
+        "memory was pinned 7 times by later loads and transitions; the ring changed its size"
     )
 
 
@@ -372,96 +388,3 @@ def test_a_gpu_that_tells_no_memory_cannot_be_checked(tmp_path: Path) -> None:
     assert nvml is not None
     with pytest.raises(Unavailable, match="does not say"):
         memory.used_mib(nvml)
-
-
-# What runs in the GPU processes, on the CPU with CUDA's part left out
-
-
-@pytest.fixture
-def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "SQUARE", 16)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 5)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(synchronize=lambda: None))
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-
-
-@pytest.mark.usefixtures("no_cuda")
-def test_the_probe_measures_copies() -> None:
-    function = probe.Copies()
-    function.load("cpu")
-    rates = function.predict("bandwidth", 4)
-    parking = ("pin", "offload", "restore", "unpin")
-    assert set(rates) == {f"{name}_gb_per_s" for name in ("pageable", "pinned", "to_pinned", *parking)} | {"pinned"}
-    assert all(float(rate) > 0 for name, rate in rates.items() if name != "pinned")
-    assert rates["pinned"] == 0
-    times = function.predict("overlap", 4)
-    serial_s = float(times["copy_s"]) + float(times["compute_s"])
-    assert float(times["ratio"]) == pytest.approx(serial_s / float(times["overlapped_s"]))
-
-
-def test_the_keeper_sees_what_changed() -> None:
-    function = probe.Keeper()
-    function.load("cpu")
-    assert [function.predict("state")["calls"], function.predict("state")] == [1, {"calls": 2, "same": 1, "shared": 1}]
-    function.half.data = function.half + 1
-    assert function.predict("state") == {"calls": 3, "same": 0, "shared": 0}
-
-
-class FakeCudart:
-    """Pins anything once."""
-
-    def __init__(self) -> None:
-        self.pinned: set[int] = set()
-
-    def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
-        code = 712 if address in self.pinned else 0
-        self.pinned.add(address)
-        return code
-
-    def cudaHostUnregister(self, address: int) -> int:
-        self.pinned.remove(address)
-        return 0
-
-
-def test_the_keeper_captures_a_graph_and_has_a_pin_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = FakeCudart()
-    graph = SimpleNamespace(replay=lambda: None)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(probe, "forget_last_error", lambda: None)
-    function = probe.Keeper()
-    function.load("cpu")
-    assert function.predict("refused") == {"code": 712, "value": 8}
-    assert runtime.pinned == set()
-    assert function.predict("capture") == {"value": 16}
-    assert function.graph is graph
-
-
-@pytest.mark.usefixtures("no_cuda")
-def test_the_probe_answers_for_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PROBE_WEIGHTS", str(Setup(tmp_path, nvml_library=None, model_mib=8).weights))
-    monkeypatch.setenv("PROBE_FACTOR", "3")
-    properties = SimpleNamespace(name="T", uuid="GPU-1", total_memory=10)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (4, 10))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    function = probe.Probe()
-    function.load("cpu")
-    assert function.predict("scale", 7.0)["value"] == 21.0
-    seen = function.predict("device")
-    assert (seen["name"], seen["free_bytes"], seen["total_bytes"], seen["capability"]) == ("T", 4, 10, "9.0")
-    assert function.predict("workspace", 1)["peak_bytes"] == 5
-    assert function.predict("release") == {"allocated_bytes": 5, "reserved_bytes": 5}
-    assert function.predict("hoard", 1) == {}
-    with pytest.raises(RuntimeError, match="device-side assert"):
-        function.predict("fault")
-    # On the CPU the kernel's assert is an ordinary exception.
-    function.device = torch.device("cpu")  # type: ignore[assignment]
-    with pytest.raises(IndexError):
-        function.predict("fault")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hotset
-from hotset.node.worker.residency import Slab, Weights, copying, forget_last_error
+from hotset.node.worker.fast_load import fast_load
+from hotset.node.worker.replaced import replaced
+from hotset.node.worker.residency import Weights
+from hotset.node.worker.slab import Slab, forget_last_error
+from hotset.node.worker.staged_load import staged_load
+from hotset.node.worker.staging import CudaStream, StagingRing, process_ring
 
 MIB = 1 << 20
 WIDTH = 1024
@@ -30,9 +38,7 @@ class Probe:
     def load(self, device: str) -> None:
         weights = load_file(os.environ["PROBE_WEIGHTS"])
         self.device = device
-        self.model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in weights))
-        self.model.load_state_dict(weights)
-        self.model.eval().to(device)
+        self.model = _stack(weights).eval().to(device)
         self.factor = float(os.environ.get("PROBE_FACTOR", "1"))
         self.kept: list[torch.Tensor] = []
 
@@ -173,35 +179,79 @@ class Copies:
         self.device = device
 
     def predict(self, what: str, value: float = 0.0) -> Figures:
-        return self.bandwidth(int(value)) if what == "bandwidth" else self.overlap(int(value))
+        questions = {"bandwidth": self.bandwidth, "staging": self.staging, "overlap": self.overlap}
+        return questions[what](int(value))
 
     def bandwidth(self, mib: int) -> Figures:
-        """Plain copies, and what parking does: storage by storage to a slab and back, device memory given back."""
+        """Plain copies, and what parking does: storage by storage to host memory and back, device memory given back."""
         size_bytes = mib * MIB
         rates = self._plain_rates(size_bytes)
-        layers = [torch.ones(WIDTH, WIDTH, device=self.device) for _ in range(size_bytes // LAYER_BYTES)]
-        weights = Weights(layers)
-        taken_s: dict[str, list[float]] = {"pin": [], "offload": [], "restore": [], "unpin": []}
+        weights = Weights([torch.ones(WIDTH, WIDTH, device=self.device) for _ in range(size_bytes // LAYER_BYTES)])
+        ring = process_ring()
+        taken_s: dict[str, list[float]] = {"offload": [], "restore": []}
         for _ in range(REPETITIONS):
-            begin_s = time.perf_counter()
-            slab = Slab(weights.size_bytes, pinned=self.device != "cpu")
-            taken_s["pin"].append(time.perf_counter() - begin_s)
-            taken_s["offload"].append(_once(lambda slab=slab: weights.leave(slab.tensor, copying())))
-            taken_s["restore"].append(_once(lambda slab=slab: weights.come_back(slab.tensor, copying())))
-            rates["pinned"] = float(slab.pinned)
-            begin_s = time.perf_counter()
+            slab = Slab(weights.size_bytes, pinned=False)
+            taken_s["offload"].append(_once(lambda slab=slab: weights.leave(slab.tensor, ring)))
+            taken_s["restore"].append(_once(lambda slab=slab: weights.come_back(slab.tensor, ring)))
             slab.close()
-            taken_s["unpin"].append(time.perf_counter() - begin_s)
+        rates["pinned_bytes"] = float(ring.pinned_bytes)
         return rates | {f"{name}_gb_per_s": size_bytes / median(taken) / 1e9 for name, taken in taken_s.items()}
 
+    def staging(self, mib: int) -> Figures:
+        """A module whose weights are a file's mapped pages gets to the device: through the ring, without it, by one of
+        another shape; then it is parked and restored. What is pinned for that counts from the second time on."""
+        rates = self._plain_rates(mib * MIB)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "weights.safetensors"
+            known = [torch.randn(WIDTH, WIDTH) for _ in range(mib * MIB // LAYER_BYTES)]
+            save_file({f"{number}.weight": each for number, each in enumerate(known)}, path)
+            large = StagingRing(CudaStream(), threads=torch.get_num_threads(), buffers=2, buffer_bytes=64 * MIB)
+            ways = {
+                "load": staged_load,
+                "mapped": contextlib.nullcontext,
+                "load_2x64": lambda: staged_load(lambda: large),
+            }
+            taken_s: dict[str, list[float]] = {name: [] for name in ways}
+            equal = True
+            pinned: list[int] = []
+            with _pins() as pins:
+                for number in range(REPETITIONS + 1):
+                    if number == 1:
+                        pins.clear()
+                    for name, way in ways.items():
+                        with fast_load(), way():
+                            model = _stack(load_file(path))
+                            taken_s[name].append(_once(lambda model=model: model.to(self.device)))
+                        equal = equal and all(map(torch.equal, [each.cpu() for each in model.parameters()], known))
+                    weights = Weights(list(model.parameters()))
+                    slab = Slab(weights.size_bytes, pinned=False)
+                    weights.leave(slab.tensor, process_ring())
+                    weights.come_back(slab.tensor, process_ring())
+                    slab.close()
+                    equal = equal and all(map(torch.equal, [each.cpu() for each in model.parameters()], known))
+                    pinned.append(process_ring().pinned_bytes)
+        rates |= {f"{name}_gb_per_s": mib * MIB / median(taken[1:]) / 1e9 for name, taken in taken_s.items()}
+        changed_bytes = max(pinned) - min(pinned)
+        figures = {"equal": equal, "pins": len(pins), "pinned_bytes": pinned[0], "pinned_changed_bytes": changed_bytes}
+        return rates | {name: float(value) for name, value in figures.items()}
+
     def _plain_rates(self, size_bytes: int) -> Figures:
+        """On the bus, and of memcpy on the host: between memory that was used before, and to what was not."""
         pageable = torch.ones(size_bytes, dtype=torch.uint8)
         pinned = torch.ones(size_bytes, dtype=torch.uint8).pin_memory()
         on_device = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+
+        def to_fresh() -> None:
+            slab = Slab(size_bytes, pinned=False)
+            slab.tensor.copy_(pinned)
+            slab.close()
+
         return {
             "pageable_gb_per_s": _rate(size_bytes, lambda: on_device.copy_(pageable)),
             "pinned_gb_per_s": _rate(size_bytes, lambda: on_device.copy_(pinned, non_blocking=True)),
             "to_pinned_gb_per_s": _rate(size_bytes, lambda: pinned.copy_(on_device, non_blocking=True)),
+            "memcpy_gb_per_s": _rate(size_bytes, lambda: pinned.copy_(pageable)),
+            "to_fresh_gb_per_s": _rate(size_bytes, to_fresh),
         }
 
     def overlap(self, mib: int) -> Figures:
@@ -235,6 +285,27 @@ class Copies:
             "overlapped_s": overlapped_s,
             "ratio": (copy_s + compute_s) / overlapped_s,
         }
+
+
+def _stack(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in weights))
+    model.load_state_dict(weights)
+    return model
+
+
+@contextlib.contextmanager
+def _pins() -> Iterator[list[int]]:
+    """The sizes of what is pinned while the context is open."""
+    sizes: list[int] = []
+    original = Slab.__init__
+
+    def init(slab: Slab, size_bytes: int, *, pinned: bool) -> None:
+        if pinned:
+            sizes.append(size_bytes)
+        original(slab, size_bytes, pinned=pinned)
+
+    with replaced(Slab, "__init__", init):
+        yield sizes
 
 
 def _rate(size_bytes: int, action: Callable[[], Any]) -> float:

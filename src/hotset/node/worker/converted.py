@@ -45,8 +45,8 @@ def twin_of(path: str | os.PathLike[str], code_path: str) -> str | None:
     return None if inside.startswith("..") else os.path.join(folder_of(code_path), f"{inside}.safetensors")
 
 
-def read_twin(path: Any, code_path: str, *, anywhere: bool) -> Any:
-    """What ``torch.load`` of a bundle's file returns on the CPU, mapped from its converted file.
+def read_twin(path: Any, code_path: str, *, anywhere: bool, device: Any = "cpu") -> Any:
+    """What ``torch.load`` of a bundle's file returns on ``device``, mapped from its converted file.
 
     ``anywhere``: also of tensors that were on another device when they were saved. Raises ``Unreadable`` where no
     converted file can take the file's place.
@@ -55,7 +55,7 @@ def read_twin(path: Any, code_path: str, *, anywhere: bool) -> Any:
     try:
         if twin is None or not os.path.exists(twin):
             raise Unreadable("it was not converted")
-        file = MappedFile(twin)
+        file = MappedFile(twin, device)
         known = file.metadata()
         if not known.items() >= origin_of(path).items() or not (anywhere or known["on_cpu"]):
             raise Unreadable("it was changed since, or its tensors go to another device")

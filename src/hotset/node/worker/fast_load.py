@@ -20,6 +20,7 @@ again in the ordinary way. A state of another dtype, shape or device than the mo
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,8 @@ from typing import Any
 from hotset.node.worker.converted import read_twin
 from hotset.node.worker.converted_sessions import Made, watched_sessions
 from hotset.node.worker.module_templates import LAYERS, Templates
+from hotset.node.worker.replaced import replaced
+from hotset.node.worker.staging import is_gpu
 from hotset.node.worker.tensor_files import MappedFile, Unreadable, is_zip
 
 _INITIALISERS = (
@@ -83,35 +86,21 @@ def _fast_modules(code_path: str) -> Iterator[None]:
         for user in filter(None, map(sys.modules.get, _THEIR_USERS)):
             for name in _INITIALISERS:
                 if (original := vars(user).get(name)) is not None:
-                    patches.enter_context(_replaced(user, name, _skipping(original, torch.nn.Parameter, watched)))
+                    patches.enter_context(replaced(user, name, _skipping(original, torch.nn.Parameter, watched)))
         templates = Templates(watched.was_skipped, watched.skipped)
         for kind in filter(None, (getattr(torch.nn, name, None) for name in LAYERS)):
-            patches.enter_context(_replaced(kind, "__init__", templates.building(kind)))
+            patches.enter_context(replaced(kind, "__init__", templates.building(kind)))
         module = torch.nn.Module
-        patches.enter_context(_replaced(module, "load_state_dict", _binding(module.load_state_dict, watched)))
-        patches.enter_context(_replaced(module, "to", _staying(module.to)))
-        patches.enter_context(_replaced(torch, "load", _mapping(torch.load, code_path)))
+        patches.enter_context(replaced(module, "load_state_dict", _binding(module.load_state_dict, watched)))
+        patches.enter_context(replaced(module, "to", _staying(module.to)))
+        patches.enter_context(replaced(torch, "load", _mapping(torch.load, code_path)))
         safetensors = sys.modules.get("safetensors.torch")
         if safetensors is not None:
-            patches.enter_context(_replaced(safetensors, "safe_open", _opening(safetensors.safe_open)))
+            patches.enter_context(replaced(safetensors, "safe_open", _opening(safetensors.safe_open)))
         yield
     left = watched.alive()
     if left:
         raise Incomplete(f"{left} parameters are initialised by the function and not loaded")
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
-    own = name in vars(owner)
-    original = getattr(owner, name)
-    setattr(owner, name, replacement)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
 
 
 def _skipping(original: Callable[..., Any], parameter: type, watched: _Watched) -> Callable[..., Any]:
@@ -127,26 +116,37 @@ def _skipping(original: Callable[..., Any], parameter: type, watched: _Watched) 
 
 
 def _mapping(original: Callable[..., Any], code_path: str) -> Callable[..., Any]:
-    """A ``torch.load`` that maps a file it can map, or what that was converted to, unless it is told whether to."""
+    """A ``torch.load`` that maps a file it can map, or what that was converted to, unless it is told whether to; the
+    GPU gets its tensors from the pages."""
 
     def load(f: Any, map_location: Any = None, pickle_module: Any = None, **kwargs: Any) -> Any:
-        if str(map_location) in ("None", "cpu") and "mmap" not in kwargs:
+        if (is_gpu(map_location) or str(map_location) in ("None", "cpu")) and "mmap" not in kwargs:
+            device = map_location if is_gpu(map_location) else "cpu"
             with contextlib.suppress(Unreadable):
-                return read_twin(f, code_path, anywhere=map_location is not None)
+                return read_twin(f, code_path, anywhere=map_location is not None, device=device)
             if is_zip(f):
                 kwargs["mmap"] = True
+                map_location = functools.partial(_moved, device) if is_gpu(device) else map_location
         return original(f, map_location, pickle_module, **kwargs)
 
     return load
 
 
+def _moved(device: Any, storage: Any, _: str) -> Any:
+    """What ``torch.load`` asks for each storage, which it has on the CPU."""
+    torch = sys.modules["torch"]
+    on_cpu = torch.empty(0, dtype=torch.uint8).set_(storage)
+    return on_cpu.to(device).untyped_storage()
+
+
 def _opening(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``safe_open`` that maps the file where its tensors are to be on the CPU."""
+    """A ``safe_open`` that maps the file, and moves from its pages what is to be on the GPU."""
 
     def safe_open(filename: Any, framework: str, device: Any = "cpu", **kwargs: Any) -> Any:
-        if str(device) == "cpu" and framework == "pt" and kwargs.get("backend", "mmap") == "mmap":
+        mapped = framework == "pt" and kwargs.get("backend", "mmap") == "mmap"
+        if mapped and (str(device) == "cpu" or is_gpu(device)):
             with contextlib.suppress(Unreadable, OSError):
-                return MappedFile(filename)
+                return MappedFile(filename, device)
         return original(filename, framework, device, **kwargs)
 
     return safe_open

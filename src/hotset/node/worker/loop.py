@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from enum import IntEnum
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ from hotset.node.worker.faults import classify, describe, load_failure
 from hotset.node.worker.imports import frameworks_of, watched
 from hotset.node.worker.memory import children_bytes, cuda_bytes, measure, private_bytes
 from hotset.node.worker.residency import CannotPark, Residency, pace, trim_heap
+from hotset.node.worker.staged_load import staged_load
 from hotset.vocabulary import FailureKind
 
 if TYPE_CHECKING:
@@ -147,16 +149,7 @@ class Worker:
         try:
             limited = _limit_cuda(order)
             before_bytes = private_bytes()
-            try:
-                way = fast_load(order.code_path) if order.fast else watched_sessions("")
-                with way as sessions:
-                    runtime.load()
-                mapped_bytes = sum(each.mapped_bytes for each in sessions)
-            except Incomplete as reason:
-                sys.stderr.write(f"hotset: load is run as it is, which is slower: {reason}\n")
-                runtime, mapped_bytes = _runtime(order), 0
-                trim_heap()
-                runtime.load()
+            runtime, mapped_bytes = self._run_load(runtime, order)
             if not limited:
                 _limit_cuda(order)  # its load imported torch: from here on, at least
         except Exception as error:  # noqa: BLE001 - whatever a user's load raises is reported, with its traceback in the log
@@ -188,6 +181,21 @@ class Worker:
             )
         )
         return None
+
+    def _run_load(self, runtime: Runtime | ProcessRuntime, order: LoadOrder) -> tuple[Runtime | ProcessRuntime, int]:
+        """The function's ``load``; what is loaded then, and the bytes of files that its ONNX sessions have mapped."""
+        with staged_load() if order.device.startswith("cuda") else nullcontext():
+            try:
+                way = fast_load(order.code_path) if order.fast else watched_sessions("")
+                with way as sessions:
+                    runtime.load()
+                return runtime, sum(each.mapped_bytes for each in sessions)
+            except Incomplete as reason:
+                sys.stderr.write(f"hotset: load is run as it is, which is slower: {reason}\n")
+                runtime = _runtime(order)
+                trim_heap()
+                runtime.load()
+                return runtime, 0
 
     def _move(self, order: Kind) -> None:
         """Offload or restore. After a failure nobody knows where the weights are, so the process ends."""
@@ -308,15 +316,19 @@ def _raise_device_error(error: Exception) -> None:
 
 
 def _limit_cuda(order: LoadOrder) -> bool:
-    """Make torch refuse what is over the model's limit: a greedy model fails alone, its neighbours do not. False: there
-    is no torch, or it cannot use the device, which is then for another framework."""
+    """Make torch refuse what is over the model's limit: a greedy model fails alone, its neighbours do not. False: torch
+    is not imported. It is told when it opens the GPU, which this does not do: that takes memory and time, and what uses
+    another framework never needs the torch that its process has imported."""
     torch = sys.modules.get("torch")
-    if torch is None or order.limit_bytes is None or not order.device.startswith("cuda"):
+    limit_bytes = order.limit_bytes
+    if torch is None or limit_bytes is None or not order.device.startswith("cuda"):
         return False
-    if not torch.cuda.is_available():
-        return False
-    total_bytes = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, order.limit_bytes / total_bytes), 0)
+
+    def limit() -> None:
+        total_bytes = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total_bytes), 0)
+
+    torch.cuda._lazy_call(limit)
     return True
 
 

@@ -13,12 +13,10 @@ if its bus has a modelled bandwidth, the copy's time passes all the same.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
-import mmap
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from time import perf_counter, sleep
 from typing import Any
 
@@ -26,9 +24,8 @@ import msgspec
 
 from hotset.node.frames import Moved
 from hotset.node.worker.memory import cuda_bytes, reachable
-
-_ALIGNMENT = 512
-"""Copies from and to the device are fastest between aligned addresses."""
+from hotset.node.worker.slab import Slab
+from hotset.node.worker.staging import ALIGNMENT, Copy, StagingRing, process_ring, whole, why_not_plain
 
 
 class CannotPark(Exception):
@@ -40,46 +37,35 @@ class Weights:
 
     def __init__(self, tensors: Sequence[Any]) -> None:
         """Raises ``CannotPark`` for a tensor that is more than a strided view of plain memory."""
-        torch = sys.modules["torch"]
         self._bound: list[_Bound] = []
         self._storages: dict[int, _Stored] = {}
         self.size_bytes = 0
         for tensor in tensors:
-            if tensor.layout is not torch.strided or type(tensor) not in _plain_types():
-                raise CannotPark(f"a tensor of type {type(tensor).__name__} cannot be copied as plain memory")
-            if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
-                raise CannotPark("a quantised, conjugated or negated tensor is more than its memory")
+            if (reason := why_not_plain(tensor)) is not None:
+                raise CannotPark(reason)
             storage = tensor.untyped_storage()
             key, size = storage.data_ptr(), storage.nbytes()
             if not size:
                 continue
             if key not in self._storages:
                 self._storages[key] = _Stored(self.size_bytes, size)
-                self.size_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+                self.size_bytes += -(-size // ALIGNMENT) * ALIGNMENT
             elif self._storages[key].size_bytes != size:
                 raise CannotPark("two tensors take the same memory for storages of different sizes")
             view = _Bound(tensor, key, tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.is_inference())
             self._bound.append(view)
 
-    def leave(self, slab: Any, copying: contextlib.AbstractContextManager[None]) -> None:
-        """Copy all storages to ``slab`` (uint8, ``size_bytes`` long) and let go of them.
-
-        ``copying``: the context of the copies, which are done when it is left.
-        """
+    def leave(self, slab: Any, ring: StagingRing) -> None:
+        """Copy all storages to ``slab`` (uint8, ``size_bytes`` long) and let go of them."""
         torch = sys.modules["torch"]
+        tensors = {bound.key: bound.tensor for bound in self._bound}
         with torch.no_grad():
-            with copying:
-                left = set(self._storages)
-                for bound in self._bound:
-                    if bound.key in left:
-                        left.discard(bound.key)
-                        stored = self._storages[bound.key]
-                        slab[stored.span].copy_(_flat(bound.tensor.untyped_storage(), bound.tensor.device), True)
+            ring.copy_out([Copy(slab[each.span], whole(tensors[key])) for key, each in self._storages.items()])
             # All copies are there before the first storage goes.
             for bound in self._bound:
                 bound.tensor.data = torch.empty(0, dtype=bound.tensor.dtype, device=bound.tensor.device)
 
-    def come_back(self, slab: Any, copying: contextlib.AbstractContextManager[None]) -> None:
+    def come_back(self, slab: Any, ring: StagingRing) -> None:
         """The opposite of ``leave``. Raises what the device's allocator raises when there is no room."""
         torch = sys.modules["torch"]
         device = self._bound[0].tensor.device
@@ -88,15 +74,14 @@ class Weights:
                 key: torch.empty(stored.size_bytes, dtype=torch.uint8, device=device)
                 for key, stored in self._storages.items()
             }
-            with copying:
-                for key, stored in self._storages.items():
-                    flats[key].copy_(slab[stored.span], True)
+            ring.copy_in([Copy(flats[key], slab[stored.span]) for key, stored in self._storages.items()])
+            ring.synchronize()
             for bound in self._bound:
                 tensor, storage = bound.tensor, flats[bound.key].untyped_storage()
                 # What predict made in inference mode may only be changed in place there if it stays what it is.
                 with torch.inference_mode(bound.inference):
-                    whole = torch.empty(0, dtype=tensor.dtype, device=device)
-                    tensor.data = whole.set_(storage, bound.offset, bound.size, bound.stride)
+                    back = torch.empty(0, dtype=tensor.dtype, device=device)
+                    tensor.data = back.set_(storage, bound.offset, bound.size, bound.stride)
 
 
 class _Stored(msgspec.Struct, frozen=True):
@@ -120,58 +105,6 @@ class _Bound(msgspec.Struct, frozen=True):
     size: Any
     stride: Any
     inference: bool
-
-
-def _plain_types() -> tuple[type, ...]:
-    torch = sys.modules["torch"]
-    return torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter)
-
-
-def _flat(storage: Any, device: Any) -> Any:
-    """A whole storage as bytes."""
-    torch = sys.modules["torch"]
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (storage.nbytes(),), (1,))
-
-
-class Slab:
-    """Host memory of exactly one size, which goes back to the system when it is closed.
-
-    torch's own pinned allocator rounds up to a power of two and keeps what it has; this is mapped, and pinned where
-    the driver agrees, because a copy from memory that is not pinned is several times slower. It is private memory, of
-    which the kernel makes huge pages (of shared memory it does not, as distributions set it up): filling takes a third
-    of the time so, giving back next to none. A child of this process does not get it: the device would go on writing
-    to pages that are no longer the parent's.
-    """
-
-    def __init__(self, size_bytes: int, *, pinned: bool) -> None:
-        torch = sys.modules["torch"]
-        self._map = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._map.madvise(mmap.MADV_DONTFORK)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._runtime = torch.cuda.cudart() if pinned else None
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        if self._runtime is not None and int(self._runtime.cudaHostRegister(self._address, size_bytes, 0)):
-            self._runtime = None
-            forget_last_error()
-        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
-
-    @property
-    def pinned(self) -> bool:
-        return self._runtime is not None
-
-    def close(self) -> None:
-        """No copy from or to it may be under way."""
-        if self._runtime is not None:
-            self._runtime.cudaHostUnregister(self._address)
-        del self.tensor
-        self._map.close()
-
-
-def forget_last_error() -> None:
-    """What the CUDA runtime refused, it tells the next kernel's caller too, once: a small one takes the blame here."""
-    with contextlib.suppress(RuntimeError):
-        sys.modules["torch"].ones(1, device="cuda").add_(1)
 
 
 class Residency:
@@ -211,7 +144,7 @@ class Residency:
             self._instance.restore(self._device)
         elif self._parked is not None:
             weights, slab = self._parked
-            weights.come_back(slab.tensor, copying())
+            weights.come_back(slab.tensor, process_ring())
             slab.close()
             self._parked = None
         pace(begin_s, self._memory_bytes, self._bandwidth)
@@ -229,30 +162,17 @@ class Residency:
         weights = Weights(tensors)
         if not weights.size_bytes:
             raise CannotPark("its tensors on the GPU are empty: give its class offload and restore methods")
-        slab = Slab(weights.size_bytes, pinned=True)
-        weights.leave(slab.tensor, copying())
+        sys.modules["torch"].cuda.synchronize()  # whatever computes with them, on whichever stream
+        ring, slab = process_ring(), Slab(weights.size_bytes, pinned=False)
+        weights.leave(slab.tensor, ring)
         self._parked = weights, slab
-        return weights.size_bytes
+        return weights.size_bytes + ring.pinned_bytes
 
 
 def _has_graphs() -> bool:
     """Whether a CUDA graph was captured and is kept, by the function or by ``torch.compile``. They hide in closures."""
     graph = sys.modules["torch"].cuda.CUDAGraph
     return any(issubclass(type(each), graph) for each in gc.get_objects())
-
-
-@contextlib.contextmanager
-def copying() -> Iterator[None]:
-    """Copies in this context go through a stream of their own: they begin when the GPU has nothing else to do, and are
-    done when the context is left."""
-    cuda = sys.modules["torch"].cuda
-    cuda.synchronize()
-    stream = cuda.Stream()
-    try:
-        with cuda.stream(stream):
-            yield
-    finally:
-        stream.synchronize()
 
 
 def pace(begin_s: float, size_bytes: int, bandwidth: float | None) -> None:

@@ -49,13 +49,15 @@ class _Entry(msgspec.Struct, frozen=True):
 
 
 class MappedFile:
-    """A safetensors file as tensors on the CPU that are views of its pages. Writing to one changes no file.
+    """A safetensors file as tensors on the CPU that are views of its pages, or as copies of them on another ``device``.
+    Writing to one changes no file.
 
     Has the methods of ``safetensors.safe_open`` that ``safetensors.torch.load_file`` needs. Raises ``Unreadable``.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], device: str | int = "cpu") -> None:
         torch = sys.modules["torch"]
+        self.device = device
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size <= _LENGTH.size:
@@ -76,9 +78,10 @@ class MappedFile:
             entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in table.items()}
         except msgspec.DecodeError as error:
             raise Unreadable(str(error)) from None
-        self._tensors: dict[str, Any] = {}
+        self.tensors: dict[str, Any] = {}
+        """All of them, in the order they have in the file, on the CPU."""
         for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-            self._tensors[name] = self._view(torch, entry, size)
+            self.tensors[name] = self._view(torch, entry, size)
 
     def _view(self, torch: Any, entry: _Entry, size: int) -> Any:
         dtype = getattr(torch, _DTYPES.get(entry.dtype, ""), None)
@@ -97,7 +100,7 @@ class MappedFile:
         return flat if len(entry.shape) == 1 else flat.view(entry.shape)
 
     def keys(self) -> Iterable[str]:
-        return self._tensors.keys()
+        return self.tensors.keys()
 
     offset_keys = keys
 
@@ -105,11 +108,14 @@ class MappedFile:
         return self._metadata
 
     def get_tensor(self, name: str) -> Any:
-        return self._tensors[name]
+        return self._there(self.tensors[name])
 
     def get_tensors(self) -> dict[str, Any]:
         """All of them, in the order they have in the file."""
-        return dict(self._tensors)
+        return {name: self._there(tensor) for name, tensor in self.tensors.items()}
+
+    def _there(self, tensor: Any) -> Any:
+        return tensor if self.device == "cpu" else tensor.to(self.device)
 
     def __enter__(self) -> MappedFile:
         return self
