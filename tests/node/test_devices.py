@@ -151,6 +151,27 @@ def test_a_node_that_was_given_no_gpu_says_so(visible: str, monkeypatch: pytest.
         cuda_devices(Nvml(FakeNvml()))
 
 
+def test_a_gpu_that_shares_the_hosts_memory_has_what_it_is_given() -> None:
+    """As GB10 does: NVML refuses the question, which does not mean that the GPU is lost."""
+
+    class Shares(FakeNvml):
+        def nvmlDeviceGetMemoryInfo(self, handle: int | None) -> Any:
+            if not self.broken:
+                error = self.NVMLError("Not Supported")
+                error.value = 3  # type: ignore[attr-defined]
+                raise error
+            return super().nvmlDeviceGetMemoryInfo(handle)
+
+    library = Shares(count=1)
+    with pytest.raises(NodeError, match=r"cuda:0 shares the host's memory.* --gpu-memory"):
+        cuda_devices(Nvml(library))
+    nvml = Nvml(library)
+    (device,) = cuda_devices(nvml, memory_bytes=64 * GIB)
+    assert (device.gpu.memory_bytes, device.free_bytes(), device.lost()) == (64 * GIB, None, None)
+    library.broken = True
+    assert device.lost() == "GPU is lost"
+
+
 def test_frameworks_that_take_a_whole_gpu_are_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
     (device,) = cuda_devices(Nvml(FakeNvml()))
     assert device.defaults()["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"

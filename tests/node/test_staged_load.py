@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from late_stream import LateStream
 from safetensors.torch import load_file, save_file
 
+from hotset.node.worker import fast_load as fast_load_module
+from hotset.node.worker import staged_load as staged_load_module
 from hotset.node.worker.fast_load import fast_load
 from hotset.node.worker.replaced import replaced
 from hotset.node.worker.staged_load import staged_load
@@ -58,6 +61,7 @@ class OnGpu:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[OnGpu]:
     """Inside, loads are staged."""
     gpu = OnGpu()
+    monkeypatch.setattr(staged_load_module, "LEAST_BYTES", 0)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(gpu.holds), raising=False)
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: not gpu.holds(tensor)), raising=False)
 
@@ -116,6 +120,19 @@ def test_files_are_moved_from_their_pages(gpu: OnGpu, state: Path) -> None:
     assert again["first.weight"].data_ptr() == again["tied.weight"].data_ptr()
 
 
+def test_what_was_saved_on_a_gpu_goes_back_to_it_from_the_pages(gpu: OnGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    restore = fast_load_module._to_where_it_was
+    pages = torch.arange(5)
+    moved = restore(pages.untyped_storage(), "cuda:0")
+    assert moved.tolist() == pages.untyped_storage().tolist()
+    assert moved.data_ptr() in gpu.stream.on_device
+    assert restore(pages.untyped_storage(), "cpu") is None  # torch's own way
+    assert restore(pages.untyped_storage(), "cuda:1") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert restore(pages.untyped_storage(), "cuda:0") is None
+
+
 def test_a_state_on_the_cpu_is_copied_into_a_module_on_the_gpu(gpu: OnGpu, state: Path) -> None:
     net = Net().to("cuda")
     before = net.first.weight.data_ptr()
@@ -147,7 +164,7 @@ def test_any_tensor_comes_out_as_torch_would_have_it(
         tensor = tensor.expand(4, *shape)
     elif how == "channels last":
         tensor = torch.randint(0, 2, (2, 3, 4, 5)).to(dtype).to(memory_format=torch.channels_last)
-    with staged_load(gpu.ring):
+    with staged_load(gpu.ring), mock.patch.object(staged_load_module, "LEAST_BYTES", 0):
         there = tensor.to("cuda", to)
     expected = tensor.to(to or dtype)
     as_a_copy = torch.empty_like(expected)
@@ -155,6 +172,14 @@ def test_any_tensor_comes_out_as_torch_would_have_it(
     assert torch.equal(there, expected)
     assert gpu.holds(there)
     assert gpu.stream.unfinished == 0
+
+
+def test_what_is_small_and_alone_is_left_to_the_driver(gpu: OnGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staged_load_module, "LEAST_BYTES", 400)
+    with pytest.raises(UNCUDA, match="CUDA"):
+        torch.ones(99).to("cuda")
+    assert gpu.holds(torch.ones(100).to("cuda"))
+    assert gpu.holds(torch.nn.Linear(2, 2).to("cuda").bias)  # among others, it would make them wait
 
 
 def test_whoever_asks_not_to_wait_does_not(gpu: OnGpu) -> None:

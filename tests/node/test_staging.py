@@ -120,7 +120,7 @@ def test_where_nothing_can_be_pinned_copies_are_made_without_it_and_it_is_said_o
         assert arrived(sent)
         assert arrived(back)
     assert [call for call in stream.calls if call.startswith("pin")] == ["pin 3072"]
-    assert capsys.readouterr().err.count("ulimit -l") == 1
+    assert capsys.readouterr().err.count("pins no host memory") == 1
 
 
 class Breaks(LateStream):
@@ -256,7 +256,7 @@ def test_a_driver_that_pins_nothing_costs_no_memory(
     stream = CudaStream()
     assert stream.pinned(4096) is None
     assert StagingRing(stream).pinned_bytes == 0
-    assert "no host memory can be pinned" in capsys.readouterr().err
+    assert "pins no host memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, torch.device("cuda"), torch.device("cuda", 0)])

@@ -16,6 +16,8 @@ from hotset.vocabulary import Gpu
 
 RESERVE_BYTES = 512 * 1024 * 1024
 """Left free on each GPU for contexts and for what allocators round up."""
+_NOT_SUPPORTED = 3
+"""``NVML_ERROR_NOT_SUPPORTED``."""
 _AS_NEEDED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
 """JAX takes three quarters of a GPU at its first operation, TensorFlow all of it, unless they are told not to."""
 
@@ -46,11 +48,11 @@ class Nvml:
             return None
 
     def refusal(self, function: str, *arguments: Any) -> str | None:
-        """Why NVML refuses a call; None: it does not."""
+        """Why NVML refuses a call; None: it does not, or this kind of GPU does not have what is asked for."""
         try:
             getattr(self._library, function)(*arguments)
         except self._library.NVMLError as error:
-            return str(error)
+            return None if getattr(error, "value", None) == _NOT_SUPPORTED else str(error)
         return None
 
     def close(self) -> None:
@@ -112,20 +114,32 @@ def cuda_devices(nvml: Nvml | None = None, *, node: str = "local", memory_bytes:
     """Every GPU the driver shows, named ``node/cuda:0`` and on, or those that ``CUDA_VISIBLE_DEVICES`` names.
 
     A GPU in MIG mode is its instances (``node/cuda:0/mig:1``). Models may use ``memory_bytes`` of each, or what is free
-    at this moment less ``RESERVE_BYTES``. Raises ``NodeError`` when there is no GPU.
+    at this moment less ``RESERVE_BYTES``. One that has no memory of its own, but the host's, tells nobody what is free,
+    and is there only if ``memory_bytes`` is given. Raises ``NodeError`` when there is no GPU.
     """
     nvml = nvml or Nvml()
-    devices = []
+    devices, shares = [], []
     visible = visible_gpus(nvml)
     threads = share_of_cores(len(visible))
     for found in visible:
         memory = nvml.ask("nvmlDeviceGetMemoryInfo", found.handle)
-        if memory is None:
+        if memory is None and nvml.refusal("nvmlDeviceGetMemoryInfo", found.handle) is not None:
             continue
+        if memory_bytes is None:
+            if memory is None:
+                shares.append(found.name)
+                continue
+            usable = memory.free - RESERVE_BYTES
+        else:
+            usable = memory_bytes if memory is None else min(memory_bytes, memory.total)
         kind = _text(nvml.ask("nvmlDeviceGetName", found.handle), "cuda")
-        usable = memory.free - RESERVE_BYTES if memory_bytes is None else min(memory_bytes, memory.total)
         gpu = Gpu(gpu_id=f"{node}/{found.name}", memory_bytes=max(0, usable), node=node, kind=kind)
         devices.append(CudaDevice(nvml, found.handle, gpu, found.uuid, threads=threads))
+    if shares and not devices:
+        raise NodeError(
+            f"{shares[0]} shares the host's memory, of which the driver does not tell what is free: say with"
+            " --gpu-memory how much of it models may use"
+        )
     if not devices:
         raise NodeError(
             "the NVIDIA driver shows no usable GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or start with"

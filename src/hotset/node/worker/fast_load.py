@@ -126,7 +126,10 @@ def _mapping(original: Callable[..., Any], code_path: str) -> Callable[..., Any]
                 return read_twin(f, code_path, anywhere=map_location is not None, device=device)
             if is_zip(f):
                 kwargs["mmap"] = True
-                map_location = functools.partial(_moved, device) if is_gpu(device) else map_location
+                if is_gpu(device):
+                    map_location = functools.partial(_moved, device)
+                elif map_location is None:
+                    map_location = _to_where_it_was
         return original(f, map_location, pickle_module, **kwargs)
 
     return load
@@ -137,6 +140,12 @@ def _moved(device: Any, storage: Any, _: str) -> Any:
     torch = sys.modules["torch"]
     on_cpu = torch.empty(0, dtype=torch.uint8).set_(storage)
     return on_cpu.to(device).untyped_storage()
+
+
+def _to_where_it_was(storage: Any, location: str) -> Any:
+    """The same for what was saved on the GPU; None: elsewhere, which is torch's to see to."""
+    available = is_gpu(location) and sys.modules["torch"].cuda.is_available()
+    return _moved(location, storage, location) if available else None
 
 
 def _opening(original: Callable[..., Any]) -> Callable[..., Any]:

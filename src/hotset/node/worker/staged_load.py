@@ -21,6 +21,8 @@ from hotset.node.worker.replaced import replaced
 from hotset.node.worker.staging import Copy, StagingRing, dense, is_gpu, process_ring, why_not_plain
 from hotset.node.worker.tensor_files import MappedFile
 
+LEAST_BYTES = 64 << 10
+"""What is smaller, and moved by itself, is left to the driver, which takes so little at once."""
 _Way = Callable[..., Any]
 
 
@@ -78,7 +80,7 @@ class _Moves:
     def tensor_to(self, original: _Way) -> _Way:
         def to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
             wish = None if self._here.copying else _wish(*args, **kwargs)
-            if wish is None or not _is_staged(tensor):
+            if wish is None or not self._worthwhile(tensor) or not _is_staged(tensor):
                 return original(tensor, *args, **kwargs)
             return self._moved(tensor, wish)
 
@@ -87,7 +89,7 @@ class _Moves:
     def tensor_cuda(self, original: _Way) -> _Way:
         def cuda(tensor: Any, device: Any = None, non_blocking: bool = False, **others: Any) -> Any:
             wish = _wish("cuda" if device is None else device, None, non_blocking, **others)
-            if wish is None or not _is_staged(tensor):
+            if wish is None or not self._worthwhile(tensor) or not _is_staged(tensor):
                 return original(tensor, device, non_blocking, **others)
             return self._moved(tensor, wish)
 
@@ -98,7 +100,8 @@ class _Moves:
 
         def copy_(tensor: Any, *args: Any, **kwargs: Any) -> Any:
             source = args[0] if len(args) == 1 and kwargs.keys() <= {"non_blocking"} else None
-            if self._here.copying or not isinstance(source, torch.Tensor) or not _takes(tensor, source):
+            ours = not self._here.copying and isinstance(source, torch.Tensor) and self._worthwhile(source)
+            if not ours or not _takes(tensor, source):
                 return original(tensor, *args, **kwargs)
             self._copy([Copy(dense(tensor), dense(source))], kwargs.get("non_blocking", False))
             return tensor
@@ -150,6 +153,10 @@ class _Moves:
                 yield
             finally:
                 self._here.ahead = before
+
+    def _worthwhile(self, tensor: Any) -> bool:
+        """Among many, a small one must not wait for the ring's copies, as torch's own copy would."""
+        return self._here.depth > 0 or tensor.numel() * tensor.itemsize >= LEAST_BYTES
 
     def _moved(self, tensor: Any, wish: _Wish) -> Any:
         _, there = self._here.ahead.pop(id(tensor), (None, None))

@@ -163,7 +163,7 @@ class StagingRing:
         self._slab = stream.pinned(buffers * buffer_bytes)
         if self._slab is None:
             sys.stderr.write(
-                "hotset: no host memory can be pinned, so copies from and to the GPU are slow: check ulimit -l\n"
+                "hotset: the driver pins no host memory, so copies from and to the GPU are slow: see what dmesg says\n"
             )
             return
         memory = self._slab.tensor
