@@ -27,6 +27,7 @@ from hotset.node.worker.staged_load import staged_load
 from hotset.node.worker.staging import StagingRing
 
 GPU = torch.device("cuda", 0)
+UNPATCHED = {name: getattr(torch.Tensor, name) for name in ("to", "cuda", "copy_")}
 UNCUDA = (AssertionError, RuntimeError)
 """What a torch without CUDA raises."""
 
@@ -54,7 +55,8 @@ class OnGpu:
         return self._ring
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        return tensor.layout is torch.strided and tensor.data_ptr() in self.stream.on_device
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+        return plain and tensor.data_ptr() in self.stream.on_device
 
 
 @pytest.fixture
@@ -208,23 +210,37 @@ def test_what_is_more_than_its_bytes_is_left_to_torch(gpu: OnGpu, name: str) -> 
 
 
 class Mode(torch.overrides.TorchFunctionMode):
-    """Sees what torch is asked for."""
+    """Answers in torch's place."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[str] = []
+        self.seen: list[Any] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(function.__name__)
-        return function(*args, **(kwargs or {}))
+        self.seen.append(function)
+        return "mine" if function in (UNPATCHED["to"], UNPATCHED["copy_"]) else function(*args, **(kwargs or {}))
 
 
-def test_a_mode_that_changes_what_calls_mean_is_asked_first(gpu: OnGpu) -> None:
-    mode = Mode()
-    with mode:
-        there = torch.ones(3).to("cuda")
-    assert "to" in mode.seen
-    assert gpu.holds(there)
+class Own(torch.Tensor):
+    """A tensor with a way of its own to the GPU."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return "mine" if function in UNPATCHED.values() else super().__torch_function__(function, types, args, kwargs)
+
+
+def test_modes_and_tensors_with_ways_of_their_own_are_asked_and_recognise_what_they_are_asked() -> None:
+    gpu, mode = OnGpu(), Mode()
+    with staged_load(gpu.ring):
+        with mode:
+            assert torch.ones(3).to("cuda") == "mine"
+            assert torch.ones(3).copy_(torch.ones(3)) == "mine"
+        own = torch.ones(3).as_subclass(Own)
+        assert own.to("cuda") == own.cuda() == torch.zeros(3).copy_(own) == "mine"
+        with pytest.raises(UNCUDA, match="CUDA"):  # not: that is nothing which this class can do
+            torch.nn.parameter.UninitializedParameter(requires_grad=False).to("cuda")
+    assert mode.seen[-1] is UNPATCHED["copy_"]
+    assert gpu.stream.calls == ["pin 3072"]
 
 
 def test_other_wishes_are_left_to_torch(gpu: OnGpu) -> None:
@@ -236,7 +252,7 @@ def test_other_wishes_are_left_to_torch(gpu: OnGpu) -> None:
         tensor.cuda(memory_format=torch.preserve_format)
     assert tensor.to(torch.float64).dtype is torch.float64
     assert tensor.to("cpu") is tensor
-    assert tensor.to(torch.ones(1, dtype=torch.int8)).dtype is torch.int8
+    assert tensor.to(torch.ones(2, dtype=torch.int8)).dtype is torch.int8
     assert torch.zeros(3).copy_(tensor).tolist() == [1.0] * 3
     assert torch.zeros(3).copy_(other=tensor, non_blocking=True).tolist() == [1.0] * 3
     assert gpu.stream.calls == ["pin 3072"]
@@ -255,12 +271,29 @@ def test_a_copy_that_is_more_than_one_of_bytes_is_left_to_torch(gpu: OnGpu) -> N
     assert "copy" in gpu.stream.calls
 
 
-def test_tensors_of_inference_mode_stay_what_they_are(gpu: OnGpu) -> None:
+@pytest.mark.parametrize("made_there", [False, True])
+@pytest.mark.parametrize("moved_there", [False, True])
+def test_inference_mode_makes_of_tensors_what_it_does(gpu: OnGpu, made_there: bool, moved_there: bool) -> None:
+    with torch.inference_mode(made_there):
+        tensor = torch.arange(3.0)
+        module = torch.nn.Linear(2, 2)
+    with torch.inference_mode(moved_there):
+        expected, there = tensor.to(torch.float64), tensor.to("cuda")
+        module.to("cuda")
+    assert gpu.holds(there)
+    assert gpu.holds(module.weight)
+    assert there.is_inference() is expected.is_inference()
+    assert torch.equal(there, tensor)
+
+
+def test_a_tensor_of_inference_mode_is_filled_only_there(gpu: OnGpu) -> None:
     with torch.inference_mode():
-        there = torch.ones(3).to("cuda")
-    assert there.is_inference()
-    assert not torch.ones(3).to("cuda").is_inference()
-    assert not torch.nn.Linear(2, 2).to("cuda").weight.is_inference()
+        there = torch.zeros(3).to("cuda")
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        there.copy_(torch.ones(3))
+    with torch.inference_mode():
+        there.copy_(torch.ones(3))
+    assert there.tolist() == [1.0] * 3
 
 
 def test_a_module_that_changes_its_dtype_does_so_tensor_by_tensor(gpu: OnGpu) -> None:

@@ -264,6 +264,8 @@ def test_the_gpu_has_several_names(device: Any) -> None:
     assert is_gpu(device)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda:1", 1, None, False, torch.device("cuda", 1), torch.float16, "meta"])
+@pytest.mark.parametrize(
+    "device", ["cpu", "cuda:1", 1, None, False, torch.device("cuda", 1), torch.float16, "meta", torch.ones(3)]
+)
 def test_other_devices_are_none_of_them(device: Any) -> None:
     assert not is_gpu(device)

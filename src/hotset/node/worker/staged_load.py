@@ -3,8 +3,8 @@
 A function's ``load`` does not know of the ring. While it runs, what torch copies from the CPU's memory to the GPU takes
 that way: ``to`` and ``cuda`` of tensors and modules, and ``copy_`` into tensors that are on the GPU already, which is
 what ``load_state_dict`` does with them. The copies are the same to the bit, and what the caller may expect of them too:
-whoever did not ask for ``non_blocking`` finds the values there, on any stream. Whatever is more than plain memory goes
-the way it always did, and so does what a mode, which may change what an operation means, has not seen yet.
+whoever did not ask for ``non_blocking`` finds the values there, on any stream. Whatever is more than plain memory, or
+happens in a mode that changes what an operation means, goes the way it always did.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class _Moves:
     def tensor_to(self, original: _Way) -> _Way:
         def to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
             wish = None if self._here.copying else _wish(*args, **kwargs)
-            if wish is None or not self._worthwhile(tensor) or not _is_staged(tensor):
-                return original(tensor, *args, **kwargs)
+            if wish is None or not _is_staged(tensor) or not self._worthwhile(tensor):
+                return _as_ever(original, tensor, *args, **kwargs)
             return self._moved(tensor, wish)
 
         return to
@@ -89,8 +89,8 @@ class _Moves:
     def tensor_cuda(self, original: _Way) -> _Way:
         def cuda(tensor: Any, device: Any = None, non_blocking: bool = False, **others: Any) -> Any:
             wish = _wish("cuda" if device is None else device, None, non_blocking, **others)
-            if wish is None or not self._worthwhile(tensor) or not _is_staged(tensor):
-                return original(tensor, device, non_blocking, **others)
+            if wish is None or not _is_staged(tensor) or not self._worthwhile(tensor):
+                return _as_ever(original, tensor, device, non_blocking, **others)
             return self._moved(tensor, wish)
 
         return cuda
@@ -100,9 +100,9 @@ class _Moves:
 
         def copy_(tensor: Any, *args: Any, **kwargs: Any) -> Any:
             source = args[0] if len(args) == 1 and kwargs.keys() <= {"non_blocking"} else None
-            ours = not self._here.copying and isinstance(source, torch.Tensor) and self._worthwhile(source)
-            if not ours or not _takes(tensor, source):
-                return original(tensor, *args, **kwargs)
+            ours = not self._here.copying and isinstance(source, torch.Tensor) and _takes(tensor, source)
+            if not ours or not self._worthwhile(source):
+                return _as_ever(original, tensor, *args, **kwargs)
             self._copy([Copy(dense(tensor), dense(source))], kwargs.get("non_blocking", False))
             return tensor
 
@@ -208,6 +208,15 @@ class _Moves:
                 self._ring().synchronize()
 
 
+def _as_ever(original: _Way, *args: Any, **kwargs: Any) -> Any:
+    """A mode or a tensor's own class is told of the original, which some compare it with: torch would look it up by its
+    name, and find what takes its place."""
+    overrides = sys.modules["torch"].overrides
+    if overrides.has_torch_function(args):
+        return overrides.handle_torch_function(original, args, *args, **kwargs)
+    return original(*args, **kwargs)
+
+
 def _of(module: Any) -> Iterator[Any]:
     yield from module.parameters()
     yield from module.buffers()
@@ -225,12 +234,10 @@ def _converts(tensor: Any, wish: _Wish) -> bool:
 def _is_staged(tensor: Any) -> bool:
     """Whether a tensor can be moved by copying its bytes."""
     torch = sys.modules["torch"]
-    if not tensor.is_cpu or why_not_plain(tensor) is not None:
+    if why_not_plain(tensor) is not None or not tensor.is_cpu:
         return False
     if tensor.requires_grad and torch.is_grad_enabled():
         return False  # the move is part of what autograd follows
-    if tensor.is_inference() is not torch.is_inference_mode_enabled():
-        return False
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return False
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
@@ -239,11 +246,11 @@ def _is_staged(tensor: Any) -> bool:
 def _takes(tensor: Any, source: Any) -> bool:
     """Whether a tensor on the GPU is filled by copying the source's bytes."""
     torch = sys.modules["torch"]
-    if not tensor.is_cuda or why_not_plain(tensor) is not None or not _is_staged(source):
+    if why_not_plain(tensor) is not None or not tensor.is_cuda or not _is_staged(source):
         return False
     if tensor.requires_grad and torch.is_grad_enabled():
         return False  # which refuses it
-    if tensor.is_inference() is not torch.is_inference_mode_enabled():
-        return False
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # torch refuses that too
     alike = tensor.dtype is source.dtype and tensor.shape == source.shape
     return alike and tensor.is_contiguous() and source.is_contiguous()

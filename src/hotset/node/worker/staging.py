@@ -269,7 +269,7 @@ def why_not_plain(tensor: Any) -> str | None:
     """Why a tensor is more than a strided view of plain memory; None: it is not."""
     torch = sys.modules["torch"]
     plain = torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter)
-    if tensor.layout is not torch.strided or type(tensor) not in plain:
+    if type(tensor) not in plain or tensor.layout is not torch.strided:
         return f"a tensor of type {type(tensor).__name__} cannot be copied as plain memory"
     if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
         return "a quantised, conjugated or negated tensor is more than its memory"
@@ -303,7 +303,7 @@ def is_gpu(device: Any) -> bool:
     torch = sys.modules["torch"]
     if isinstance(device, torch.device):
         return device.type == "cuda" and not device.index
-    return device in ("cuda", "cuda:0") if isinstance(device, str) else device == 0 and type(device) is int
+    return device in ("cuda", "cuda:0") if isinstance(device, str) else type(device) is int and device == 0
 
 
 def _span(memory: Any, piece: Piece) -> Any:
