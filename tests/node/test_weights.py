@@ -44,7 +44,8 @@ class Holder:
 def parked(tensors: list[torch.Tensor]) -> Iterator[Weights]:
     """Inside, the weights are in a slab; afterwards they are back."""
     weights = Weights(tensors)
-    slab, ring = Slab(weights.size_bytes, pinned=False), StagingRing(LateStream(), buffers=3, buffer_bytes=1024)
+    slab = Slab(weights.size_bytes, pinned=False)
+    ring = StagingRing(LateStream(), threads=2, buffers=3, buffer_bytes=1024)
     try:
         weights.leave(slab.tensor, ring)
         yield weights

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy
 import pytest
@@ -278,6 +279,19 @@ def test_torch_is_held_to_the_limit_and_asked_what_it_holds(monkeypatch: pytest.
     assert memory.cuda_bytes() == 5 * MIB
     monkeypatch.setitem(sys.modules, "torch", fake_torch(initialized=False))
     assert memory.cuda_bytes() is None
+
+
+@pytest.mark.parametrize(("device", "staged"), [("cuda:0", True), ("cpu", False)])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_load_for_a_gpu_is_staged(device: str, staged: bool, fast: bool) -> None:
+    torch = pytest.importorskip("torch")
+    seen: list[bool] = []
+    runtime: Any = SimpleNamespace(load=lambda: seen.append("to" in vars(torch.Tensor)))
+    order = LoadOrder(model="a@1", entry="a:A", code_path="", device=device, fast=fast)
+    unused: Any = None
+    assert loop.Worker(unused)._run_load(runtime, order) == (runtime, 0)
+    assert seen == [staged]
+    assert "to" not in vars(torch.Tensor)
 
 
 # Faults
