@@ -12,6 +12,8 @@ memory. While a function loads, ``fast_load``
   share, in place of copying them,
 - and lets ``to`` return at once where all of a module is on the CPU already, and is sent there.
 
+What is replaced for that stays, and does as ever while nothing is loaded.
+
 That is only right if no skipped initialisation shows in the end. So every parameter whose initialisation was skipped is
 watched: if one is still alive when ``load`` returns and was not loaded, ``Incomplete`` is raised, and the caller loads
 again in the ordinary way. A state of another dtype, shape or device than the module's is copied as usual.
@@ -29,7 +31,6 @@ from typing import Any
 from hotset.node.worker.converted import read_twin
 from hotset.node.worker.converted_sessions import Made, watched_sessions
 from hotset.node.worker.module_templates import LAYERS, Templates
-from hotset.node.worker.replaced import replaced
 from hotset.node.worker.staging import is_gpu
 from hotset.node.worker.tensor_files import MappedFile, Unreadable, is_zip
 
@@ -65,6 +66,21 @@ class _Watched:
         return sum(reference() is not None for reference in self._tensors.values())
 
 
+class _Load:
+    """The load that is under way."""
+
+    def __init__(self, code_path: str) -> None:
+        self.code_path = code_path
+        self.watched = _Watched()
+        self.templates = Templates(self.watched.was_skipped, self.watched.skipped)
+
+
+_load: _Load | None = None
+"""None: what is replaced does as ever."""
+_replaced: set[str] = set()
+"""Packages of which everything is replaced that ever is."""
+
+
 @contextlib.contextmanager
 def fast_load(code_path: str = "", sessions_ending: str = "") -> Iterator[list[Made]]:
     """While the context is open, modules and ONNX sessions are built and loaded as described above, where their
@@ -77,53 +93,81 @@ def fast_load(code_path: str = "", sessions_ending: str = "") -> Iterator[list[M
 
 @contextlib.contextmanager
 def _fast_modules(code_path: str) -> Iterator[None]:
+    global _load
     torch = sys.modules.get("torch")
     if torch is None:
         yield
         return
-    watched = _Watched()
-    with contextlib.ExitStack() as patches:
-        for user in filter(None, map(sys.modules.get, _THEIR_USERS)):
-            for name in _INITIALISERS:
-                if (original := vars(user).get(name)) is not None:
-                    patches.enter_context(replaced(user, name, _skipping(original, torch.nn.Parameter, watched)))
-        templates = Templates(watched.was_skipped, watched.skipped)
-        for kind in filter(None, (getattr(torch.nn, name, None) for name in LAYERS)):
-            patches.enter_context(replaced(kind, "__init__", templates.building(kind)))
-        module = torch.nn.Module
-        patches.enter_context(replaced(module, "load_state_dict", _binding(module.load_state_dict, watched)))
-        patches.enter_context(replaced(module, "to", _staying(module.to)))
-        patches.enter_context(replaced(torch, "load", _mapping(torch.load, code_path)))
-        safetensors = sys.modules.get("safetensors.torch")
-        if safetensors is not None:
-            patches.enter_context(replaced(safetensors, "safe_open", _opening(safetensors.safe_open)))
+    # They stay: a class that is changed has Python look everything up again in all that are derived from it, which in
+    # a fork of the zygote is a page fault each. So a process has it done before it knows what it is to load.
+    _replace(torch)
+    load = _load = _Load(code_path)
+    try:
         yield
-    left = watched.alive()
+    finally:
+        _load = None
+    left = load.watched.alive()
     if left:
         raise Incomplete(f"{left} parameters are initialised by the function and not loaded")
 
 
-def _skipping(original: Callable[..., Any], parameter: type, watched: _Watched) -> Callable[..., Any]:
+def _replace(torch: Any) -> None:
+    if "torch" not in _replaced:
+        _replaced.add("torch")
+        for user in filter(None, map(sys.modules.get, _THEIR_USERS)):
+            for name in _INITIALISERS:
+                if (original := vars(user).get(name)) is not None:
+                    setattr(user, name, _skipping(original, torch.nn.Parameter))
+        for kind in filter(None, (getattr(torch.nn, name, None) for name in LAYERS)):
+            kind.__init__ = _building(kind)
+        module = torch.nn.Module
+        module.load_state_dict = _binding(module.load_state_dict)
+        module.to = _staying(module.to)
+        torch.load = _mapping(torch.load)
+    safetensors: Any = sys.modules.get("safetensors.torch")
+    if safetensors is not None and "safetensors.torch" not in _replaced:
+        _replaced.add("safetensors.torch")
+        safetensors.safe_open = _opening(safetensors.safe_open)
+
+
+def _skipping(original: Callable[..., Any], parameter: type) -> Callable[..., Any]:
     """An initialiser that leaves a parameter as it is; anything else is initialised as ever."""
 
+    @functools.wraps(original)
     def initialise(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(tensor, parameter):
+        if _load is None or not isinstance(tensor, parameter):
             return original(tensor, *args, **kwargs)
-        watched.skipped(tensor)
+        _load.watched.skipped(tensor)
         return tensor
 
     return initialise
 
 
-def _mapping(original: Callable[..., Any], code_path: str) -> Callable[..., Any]:
+def _building(kind: type) -> Callable[..., None]:
+    """An ``__init__`` for this class of layers that copies where it can."""
+    original: Callable[..., None] = kind.__init__  # type: ignore[misc]
+
+    @functools.wraps(original)
+    def build(layer: Any, *args: Any, **kwargs: Any) -> None:
+        if _load is None or type(layer) is not kind:
+            original(layer, *args, **kwargs)
+        else:
+            _load.templates.build(original, layer, args, kwargs)
+
+    return build
+
+
+def _mapping(original: Callable[..., Any]) -> Callable[..., Any]:
     """A ``torch.load`` that maps a file it can map, or what that was converted to, unless it is told whether to; the
     GPU gets its tensors from the pages."""
 
+    @functools.wraps(original)
     def load(f: Any, map_location: Any = None, pickle_module: Any = None, **kwargs: Any) -> Any:
-        if (is_gpu(map_location) or str(map_location) in ("None", "cpu")) and "mmap" not in kwargs:
+        mappable = is_gpu(map_location) or str(map_location) in ("None", "cpu")
+        if _load is not None and mappable and "mmap" not in kwargs:
             device = map_location if is_gpu(map_location) else "cpu"
             with contextlib.suppress(Unreadable):
-                return read_twin(f, code_path, anywhere=map_location is not None, device=device)
+                return read_twin(f, _load.code_path, anywhere=map_location is not None, device=device)
             if is_zip(f):
                 kwargs["mmap"] = True
                 if is_gpu(device):
@@ -153,7 +197,7 @@ def _opening(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def safe_open(filename: Any, framework: str, device: Any = "cpu", **kwargs: Any) -> Any:
         mapped = framework == "pt" and kwargs.get("backend", "mmap") == "mmap"
-        if mapped and (str(device) == "cpu" or is_gpu(device)):
+        if _load is not None and mapped and (str(device) == "cpu" or is_gpu(device)):
             with contextlib.suppress(Unreadable, OSError):
                 return MappedFile(filename, device)
         return original(filename, framework, device, **kwargs)
@@ -161,11 +205,14 @@ def _opening(original: Callable[..., Any]) -> Callable[..., Any]:
     return safe_open
 
 
-def _binding(original: Callable[..., Any], watched: _Watched) -> Callable[..., Any]:
+def _binding(original: Callable[..., Any]) -> Callable[..., Any]:
     """A ``load_state_dict`` that binds the state's tensors where they are what the module has but for their values."""
     incompatible = sys.modules["torch"].nn.modules.module._IncompatibleKeys
 
+    @functools.wraps(original)
     def load_state_dict(module: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        if _load is None:
+            return original(module, state_dict, strict=strict, assign=assign)
         own = _plain_state(module)
         missing = [] if own is None else [name for name in own if name not in state_dict]
         if own is None or assign or not _binds(own, state_dict) or (missing and strict) or _has_counter(missing):
@@ -178,7 +225,7 @@ def _binding(original: Callable[..., Any], watched: _Watched) -> Callable[..., A
             result = incompatible(missing, [])
         for name in state_dict:
             if name in own:
-                watched.loaded(own[name])
+                _load.watched.loaded(own[name])
         return result
 
     return load_state_dict
@@ -189,14 +236,25 @@ def _staying(original: Callable[..., Any]) -> Callable[..., Any]:
     torch = sys.modules["torch"]
     move = torch.nn.Module._apply
 
-    def stays(part: Any) -> bool:
-        tensors = (*part._parameters.values(), *part._buffers.values())
-        own_way = getattr(part._apply, "__func__", None) is not move
-        return not own_way and all(tensor is None or tensor.is_cpu for tensor in tensors)
+    def stays(module: Any) -> bool:
+        parts = [module]
+        while parts:
+            part = parts.pop()
+            if part is None:
+                continue
+            if type(part)._apply is not move or "_apply" in vars(part):
+                return False
+            for table in (part._parameters, part._buffers):
+                for tensor in table.values():
+                    if tensor is not None and not tensor.is_cpu:
+                        return False
+            parts += part._modules.values()
+        return True
 
+    @functools.wraps(original)
     def to(module: Any, *args: Any, **kwargs: Any) -> Any:
         only_device = len(args) == 1 and not kwargs and isinstance(args[0], str | torch.device)
-        if only_device and str(args[0]) == "cpu" and all(map(stays, module.modules())):
+        if _load is not None and only_device and str(args[0]) == "cpu" and stays(module):
             return module
         return original(module, *args, **kwargs)
 
@@ -218,13 +276,16 @@ def _plain_state(module: Any) -> dict[str, Any] | None:
     torch = sys.modules["torch"]
     base, norm = torch.nn.Module, torch.nn.modules.batchnorm._NormBase
     ways = (base._load_from_state_dict, norm._load_from_state_dict)
+    plain_kinds: set[type] = set()
     own: dict[str, Any] = {}
     parts = [("", module)]
     while parts:
         prefix, part = parts.pop()
         kind = type(part)
-        if kind._load_from_state_dict not in ways or kind.set_extra_state is not base.set_extra_state:
-            return None
+        if kind not in plain_kinds:
+            if kind._load_from_state_dict not in ways or kind.set_extra_state is not base.set_extra_state:
+                return None
+            plain_kinds.add(kind)
         if part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks:
             return None
         for name, tensor in part._parameters.items():
@@ -233,11 +294,17 @@ def _plain_state(module: Any) -> dict[str, Any] | None:
         for name, tensor in part._buffers.items():
             if tensor is not None and name not in part._non_persistent_buffers_set:
                 own[prefix + name] = tensor
-        children = [(f"{prefix}{name}.", child) for name, child in part._modules.items() if child is not None]
-        parts.extend(reversed(children))
+        if part._modules:
+            children = [(f"{prefix}{name}.", child) for name, child in part._modules.items() if child is not None]
+            parts.extend(reversed(children))
     return own
 
 
 def _alike(own: Any, tensor: Any) -> bool:
-    kinds = [getattr(each, name, None) for each in (own, tensor) for name in ("dtype", "shape", "device", "layout")]
-    return kinds[:4] == kinds[4:]
+    return (
+        isinstance(tensor, sys.modules["torch"].Tensor)
+        and tensor.dtype is own.dtype
+        and tensor.shape == own.shape
+        and tensor.device == own.device
+        and tensor.layout is own.layout
+    )

@@ -116,19 +116,12 @@ def reachable(root: object) -> Found:
         for item in level:
             if isinstance(item, _PLAIN) or id(item) in seen or len(seen) >= _OBJECTS:
                 continue
+            if torch is not None and isinstance(item, torch.nn.Module):
+                following += _in_module(item, seen, found.tensors)
+                continue
             seen.add(id(item))
             if torch is not None and isinstance(item, torch.Tensor):
                 found.tensors.append(item)
-            elif torch is not None and isinstance(item, torch.nn.Module):
-                following += item.parameters()
-                following += item.buffers()
-                for module in item.modules():
-                    seen.add(id(module))
-                    for name, value in vars(module).items():
-                        # Most of what a module has are flags and empty tables of hooks.
-                        kind = type(value)
-                        if kind not in _PLAIN_TYPES and name not in _OF_MODULES and (kind not in _TABLES or value):
-                            following.append(value)
             elif numpy is not None and isinstance(item, numpy.ndarray):
                 while isinstance(item.base, numpy.ndarray):
                     item = item.base
@@ -141,3 +134,28 @@ def reachable(root: object) -> Found:
                 following += getattr(item, "__dict__", {}).values()
         level = following
     return found
+
+
+def _in_module(module: Any, seen: set[int], tensors: list[Any]) -> list[Any]:
+    """Add all of a module's parameters and buffers to ``tensors``; what else it and its parts hold."""
+    others: list[Any] = []
+    parts = [module]
+    while parts:
+        part = parts.pop()
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        held = vars(part)
+        for table in (held["_parameters"], held["_buffers"]):
+            for tensor in table.values():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    tensors.append(tensor)
+        parts += held["_modules"].values()
+        # Most of what a module has are flags and empty tables of hooks.
+        others += [
+            value
+            for name, value in held.items()
+            if (kind := type(value)) not in _PLAIN_TYPES and (kind not in _TABLES or value) and name not in _OF_MODULES
+        ]
+    return others

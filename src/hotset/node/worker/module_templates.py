@@ -12,7 +12,6 @@ as is everything while a mode, a hook or somebody's patch changes what building 
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -95,16 +94,16 @@ class Template:
 class _Shape:
     """A parameter but for its values."""
 
-    __slots__ = ("_like", "_requires_grad", "_shape")
+    __slots__ = ("_kind", "_like", "_requires_grad", "_shape")
 
     def __init__(self, parameter: Any) -> None:
+        self._kind = sys.modules["torch"].nn.Parameter
         self._like = parameter.new_empty(0).detach()
         self._shape = parameter.shape
         self._requires_grad = parameter.requires_grad
 
     def make(self) -> Any:
-        torch = sys.modules["torch"]
-        return torch.nn.Parameter(self._like.new_empty(self._shape), self._requires_grad)
+        return self._kind(self._like.new_empty(self._shape), self._requires_grad)
 
 
 class Templates:
@@ -117,25 +116,17 @@ class Templates:
         self._torch = sys.modules["torch"]
         self._register = self._torch.nn.Module.register_parameter
 
-    def building(self, kind: type) -> Callable[..., None]:
-        """An ``__init__`` for this class that copies where it can."""
-        original: Callable[..., None] = kind.__init__  # type: ignore[misc]
-
-        @functools.wraps(original)
-        def build(layer: Any, *args: Any, **kwargs: Any) -> None:
-            key = self._key(kind, args, kwargs) if type(layer) is kind else None
-            if key is None:
-                original(layer, *args, **kwargs)
-                return
-            template = self._known.get(key)
-            if template is not None:
-                template.fill(layer, self._skipped)
-                return
-            original(layer, *args, **kwargs)
-            if key not in self._known:
-                self._known[key] = self._template(layer)
-
-        return build
+    def build(self, original: Callable[..., None], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What ``original(layer, *args, **kwargs)`` does, which is the ``__init__`` of the layer's class: by copying
+        where that comes to the same."""
+        key = self._key(type(layer), args, kwargs)
+        template = self._known.get(key)
+        if template is not None:
+            template.fill(layer, self._skipped)
+            return
+        original(layer, *args, **kwargs)
+        if key is not None and key not in self._known:
+            self._known[key] = self._template(layer)
 
     def _key(self, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
         """What decides how a layer comes out; None: more than can be told."""

@@ -42,10 +42,18 @@ class Unreadable(Exception):
     """Not a file that can be mapped as it is; its own reader may know better, or say what is wrong."""
 
 
-class _Entry(msgspec.Struct, frozen=True):
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
+class _Entry(msgspec.Struct, frozen=True, gc=False):
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    data_offsets: tuple[int, int] = (0, 0)
+
+
+class _Header(msgspec.Struct, frozen=True):
+    metadata: dict[str, str] = msgspec.field(default_factory=dict, name="__metadata__")
+
+
+_TABLE = msgspec.json.Decoder(dict[str, _Entry])
+_HEADER = msgspec.json.Decoder(_Header)
 
 
 class MappedFile:
@@ -73,9 +81,10 @@ class MappedFile:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._map.madvise(mmap.MADV_WILLNEED)
         try:
-            table = msgspec.json.decode(self._map[_LENGTH.size : self._begin], type=dict[str, msgspec.Raw])
-            self._metadata = msgspec.json.decode(table.pop("__metadata__", b"{}"), type=dict[str, str])
-            entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in table.items()}
+            header = self._map[_LENGTH.size : self._begin]
+            self._metadata = _HEADER.decode(header).metadata
+            entries = _TABLE.decode(header)
+            entries.pop("__metadata__", None)  # all of an entry has a default, so it was taken for one
         except msgspec.DecodeError as error:
             raise Unreadable(str(error)) from None
         self.tensors: dict[str, Any] = {}
