@@ -20,7 +20,7 @@ from hotset.scheduling.rates import ArrivalRates
 if TYPE_CHECKING:
     from hotset.scheduling.cluster import Cluster, GpuState
 
-HORIZON_RUNS = 4.6
+HORIZON_RUNS = 4.2
 """How far ahead the use of a further copy is counted, in typical runs. Beyond it the queue will look different: decide
 again then. In runs, so that models of ten milliseconds are treated as those of a second are."""
 HORIZON_LOADS = 4.3

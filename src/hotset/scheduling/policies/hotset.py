@@ -30,11 +30,15 @@ HEAD_START_LOADS = 2.0
 RELOAD_PRICE = 5.0
 """GPU time that a second of the victims' callers' waiting stands for: they wait, and a GPU loads, for whom it loses."""
 GPU_TIME_PRICE = 0.3
-"""Waiting that a second of an idle GPU's time, spent on a load that could be done without, causes elsewhere."""
+"""Waiting that a second of an idle GPU's time, spent on a load that could be done without, causes elsewhere; less where
+most GPUs are idle."""
 URGENCY = 1.5
 """Where room is free: how much more a second weighs for a line that will have waited for a load and a run's time."""
 CROWDING = 8.0
 """How much dearer that time gets for each request, per GPU, that waits for a model that no GPU holds."""
+BLOCKED = 0.2
+"""Of the requests for the other models of a GPU that loads, those that wait for that: most find a copy elsewhere, or
+would have waited for each other."""
 MOST_HARM = 0.3
 """What a load for a request beyond its caller's share may cost others, as a share of the GPU time that it takes."""
 
@@ -231,7 +235,8 @@ class Hotset:
         """Load one more copy of a model, for the first of its line whom no holder can start before the load is done."""
         prices, gpu, lines = cluster.prices, next(iter(cluster.idle)), cluster.queue.models
         homeless = sum(len(lines[model]) for model in waiting.nowhere)
-        gpu_time_price = GPU_TIME_PRICE * (1.0 + CROWDING * homeless / len(cluster.gpus))
+        busy = 1.0 - (len(cluster.idle) - 1) / len(cluster.gpus)
+        gpu_time_price = GPU_TIME_PRICE * min(2.0 * busy, 1.0) * (1.0 + CROWDING * homeless / len(cluster.gpus))
         candidates: list[_Candidate] = []
         for model in waiting.held:
             line = lines[model]
@@ -293,9 +298,11 @@ def _load_on(cluster: Cluster, gpu: GpuState, outlook: Outlook, now_s: float) ->
             return None
         price_s = room_s
     load_s = cluster.load_s(outlook.model, gpu)
-    # Whoever asks for the other residents meanwhile waits for half of the time, on average.
+    # Requests for the other residents that come meanwhile wait for half of the time, on average.
     busy_s = outlook.run_s if cluster.overlap else outlook.run_s + load_s
-    total_s = price_s + prices.utilisation(gpu, now_s) * busy_s / 2
+    typical_run_s = cluster.profiles.typical_inference_s()
+    coming = prices.utilisation(gpu, now_s) * busy_s / typical_run_s if typical_run_s else 0.0
+    total_s = price_s + BLOCKED * coming * busy_s / 2
     if total_s > MOST_HARM * (load_s + outlook.run_s) and cluster.queues.sparing:
         return None
     if cluster.cache.parked_on(outlook.model):
