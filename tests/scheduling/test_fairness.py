@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from scheduling_world import End, World
+from scheduling_world import End, World, model
 
 from hotset.scheduling import fairness, standing
 from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.fairness import CREDIT, FairShares, Usage
+from hotset.scheduling.queue import Entry
 from hotset.vocabulary import RejectReason, Request
 
 
@@ -114,14 +115,61 @@ class TestShares:
         world.finish("g0")
         assert world.ends[quiet] is End.ANSWERED
 
-    def test_nobody_is_ahead_or_behind_by_more_than_the_credit(self):
+    def test_nobody_is_behind_by_more_than_the_credit(self):
         shares = FairShares(lambda: 10.0)
         flood = shares.open(Request(request_id=1, model="a", arrival_s=0.0, caller="flood"), Usage())
         quiet = shares.open(Request(request_id=2, model="a", arrival_s=0.0, caller="quiet"), Usage())
         assert quiet.spent_s == -10 * CREDIT
         shares.charge(flood, 1000.0)
-        assert shares.fair_s == 500.0
-        assert flood.spent_s == 500.0 + 10 * CREDIT
+        assert shares.most_s == flood.spent_s == 1000.0
+        assert shares.owes(quiet)
+        assert not shares.owes(flood)
+        shares.charge(quiet, 1.0)
+        assert quiet.spent_s == 1000.0 - 10 * CREDIT + 1.0
+
+    def test_work_is_paid_for_when_it_begins_and_what_was_too_much_is_given_back(self):
+        shares = FairShares(lambda: 10.0)
+        request = Request(request_id=1, model="a", arrival_s=0.0, caller="flood")
+        entry, account = Entry(request, "a"), shares.open(request, Usage())
+        shares.begin(entry, account, 5.0)
+        assert account.spent_s == 5.0
+        shares.settle(entry, account, 2.0)
+        assert account.spent_s == 5.0, "it was paid for already"
+        shares.ended(entry, account)
+        assert account.spent_s == 2.0
+
+    def test_who_pushes_out_a_model_pays_for_its_way_back(self):
+        world = World("lb", models=("a", "b"), gpus=(1.0,))
+        for name, caller in (("a", "quiet"), ("b", "flood"), ("a", "quiet")):
+            world.arrive(name, caller=caller)
+            world.wait(4.0)
+            world.loaded("g0", load_s=4.0)
+            world.finish("g0", inference_s=1.0)
+        assert (usage(world, "quiet").load_s, usage(world, "flood").load_s) == (4.0, 8.0)
+
+    def test_who_has_few_requests_open_crowds_nobody_whatever_he_has_had(self):
+        world = hot()
+        for _ in range(50):
+            world.arrive("a", caller="flood")
+        quiet = world.arrive("a", caller="quiet")
+        shares = world.scheduler.cluster.queues._shares[0]
+        shares.charge(shares.accounts["quiet"], 500.0)
+        assert not shares.owes(shares.accounts["quiet"])
+        world.finish("g0")
+        world.finish("g0")
+        assert world.ends[quiet] is End.ANSWERED
+
+    def test_a_flood_does_not_make_the_runs_of_others_longer(self):
+        world = World("hotset", eviction="hotset", models=(model("a", max_batch=8),), gpus=(1.0,))
+        world.arrive("a", caller="flood")
+        world.drain()
+        for _ in range(30):
+            world.arrive("a", caller="flood")
+        quiet = [world.arrive("a", caller="quiet") for _ in range(2)]
+        world.finish("g0")
+        assert world.running("g0") == tuple(quiet), "those who are owed run together, and nobody else with them"
+        world.finish("g0")
+        assert len(world.running("g0")) == 8
 
     def test_silent_callers_are_forgotten_once_they_are_as_good_as_new(self):
         world = hot()
@@ -195,7 +243,8 @@ class TestMemory:
             world.serve("g0")
         assert "b" in world.resident("g0"), "20 wait for a, nobody for b, but they wait beyond their share"
 
-    def test_a_load_beyond_a_share_does_not_push_out_what_others_ask_for(self):
+    @pytest.mark.parametrize("waited_s", [0.0, 100.0])
+    def test_a_load_beyond_a_share_does_not_push_out_what_others_ask_for(self, waited_s: float):
         world = World("hotset", eviction="hotset", models=("a", "b", "z"), gpus=(1.0, 1.0))
         for _ in range(10):
             for name, caller in (("a", "flood"), ("b", "flood"), ("a", "quiet"), ("b", "flood")):
@@ -205,13 +254,25 @@ class TestMemory:
         busy = [world.arrive(name, caller="quiet") for name in "ab"]
         for _ in range(20):
             world.arrive("z", caller="flood")
-        world.finish("g0")
+        world.wait(waited_s)
+        world.finish("g0", inference_s=1.0)
         assert world.ends[busy[0]] is End.ANSWERED
         assert (world.doing("g0"), world.resident("g0")) == ("idle", ["a"])
         world.finish("g1")
         assert "loading z" in (world.doing("g0"), world.doing("g1")), "one at a time, lest all stand still"
         world.drain()
         assert not world.open
+
+    def test_nothing_is_loaded_ahead_for_a_flood(self):
+        config = SchedulerConfig(overlap=True)
+        world = World("hotset", eviction="hotset", models=("a", "b", "z"), gpus=(1.0,), config=config)
+        world.arrive("a", caller="quiet")
+        world.drain()
+        world.arrive("a", caller="quiet")
+        loads = world.scheduler.prefetches
+        for _ in range(20):
+            world.arrive("z", caller="flood")
+        assert world.scheduler.prefetches - loads <= 1, "but before there was a crowd"
 
     def test_what_a_flood_asks_for_beyond_its_share_is_not_expected_of_it_again(self):
         world = hot("hotset", "ab")

@@ -158,6 +158,8 @@ class CacheManager:
         """Model -> GPU ids, of all that some GPU holds (read only): for loops in which a call each is too dear."""
         self._parked_on: dict[str, dict[str, None]] = {}
         self._sizes: dict[str, ParkedSize] = {}
+        self.evictors: dict[str, Entry] = {}
+        """Model -> the request for which its last copy had to go."""
 
     def add_gpu(self, gpu_id: str, capacity_bytes: int, node: str = "local") -> GpuMemory:
         host = self._hosts.get(node)
@@ -434,6 +436,7 @@ class CacheManager:
     def forget(self, model: str) -> None:
         """Nobody will ask for the model again."""
         self._sizes.pop(model, None)
+        self.evictors.pop(model, None)
 
     def _forget_holder(self, model: str, gpu_id: str) -> None:
         held = self._holders[model]

@@ -1,18 +1,18 @@
 """Fair shares: who has had less of the GPUs' time than is due to him, and so goes first.
 
 Start-time fair queueing, turned into a question with two answers. Every caller has an account of the GPU seconds spent
-on him, the loads that his requests caused included, divided by his weight. The *fair amount* grows with every second
-spent, divided by the weights of all callers who have requests open. While a caller, with what he was promised already,
-is behind the fair amount by more than a slack, his next request is *owed* to him, and no request that is not owed is
-considered before it. What the owed ones leave is everybody's. Who asks, and when: ``standing.py``.
+on him, the loads that he caused included, divided by his weight. While a caller, with what he was promised already, has
+had less than the one who has had *most*, by more than a slack, his next request is *owed* to him, and no request that
+is not owed is considered before it. What the owed ones leave is everybody's. Who asks, and when: ``standing.py``.
 
-So a caller who is alone is never held back, a flood is served with what the others leave, and callers within their
-shares meet the policy as if they were one. What is remembered is bounded: nobody is ever more than ``CREDIT`` behind or
-ahead of the fair amount, so neither a long silence nor an old flood counts for long.
+So a caller who is alone is never held back, a flood is served with what the others leave, or with as much as any of
+them gets where they leave less, and all others meet the policy as if they were one. What is remembered is bounded: nobody is
+ever more than ``CREDIT`` behind, so neither a long silence nor an old flood counts for long.
 
-After Goyal, Vin, Cheng, "Start-time Fair Queueing", SIGCOMM 1996: virtual time is clocked by the service itself. The
-two answers are those of a network that marks what exceeds the agreed rate. Different from both: the order of those with
-the same answer is the policy's business, as locality is worth more than the exact order.
+After Goyal, Vin, Cheng, "Start-time Fair Queueing", SIGCOMM 1996: virtual time is clocked by the service itself, and
+work is charged for when it begins. The two answers are those of a network that marks what exceeds the agreed rate.
+Different from both: the order of those with the same answer is the policy's business, as locality is worth more than
+the exact order.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class FairShares:
         """``unit_s``: GPU seconds of a load and a run, as they usually are, on every GPU of the cluster."""
         self._unit_s = unit_s
         self.accounts: dict[str, Account] = {}
-        self.fair_s = 0.0
-        """The fair amount: what a caller of weight 1 who always wanted more would have been given."""
+        self.most_s = 0.0
+        """What the caller who has had most has had, GPU seconds over weight."""
         self.contended = False
         """Whether there is anybody to be fair to: one caller alone has no accounts to balance (read only)."""
         self._open_weight = 0.0
@@ -103,12 +103,12 @@ class FairShares:
         if account is None:
             if len(self._idle) >= MOST_IDLE:
                 del self.accounts[self._idle.popitem(last=False)[0]]
-            account = self.accounts[caller] = Account(self.fair_s - self._credit_s if self.accounts else 0.0, usage)
+            account = self.accounts[caller] = Account(self.most_s - self._credit_s if self.accounts else 0.0, usage)
             self._idle[caller] = account
             self.contended = len(self.accounts) > 1
         if not account.open:
             del self._idle[caller]
-            account.spent_s = max(account.spent_s, self.fair_s - self._credit_s)
+            account.spent_s = max(account.spent_s, self.most_s - self._credit_s)
         else:
             self._open_weight -= account.weight
         account.weight = request.weight
@@ -124,13 +124,29 @@ class FairShares:
         """Whether the caller's next request is owed to him."""
         return (
             account.spent_s + account.promised_s / account.weight
-            < self.fair_s - SLACK * self._unit_s() / self._open_weight
+            < self.most_s - SLACK * self._unit_s() / self._open_weight
         )
+
+    def part(self, account: Account) -> float:
+        """The caller's share, 0 to 1, among all who have requests open."""
+        return account.weight / max(self._open_weight, account.weight)
 
     def promise(self, entry: Entry, account: Account, cost_s: float) -> None:
         """The request, expected to take so many GPU seconds, is owed from now on."""
         entry.owed, entry.promised_s = True, cost_s
         account.promised_s += cost_s
+
+    def begin(self, entry: Entry, account: Account, cost_s: float) -> None:
+        """Work on the request begins, and is expected to take so many GPU seconds: they are charged for at once."""
+        account.promised_s -= entry.promised_s
+        entry.promised_s, entry.charged_s = 0.0, cost_s
+        self.charge(account, cost_s)
+
+    def settle(self, entry: Entry, account: Account, gpu_s: float) -> None:
+        """GPU time was spent on the request: what was not charged ahead is now."""
+        ahead_s = min(entry.charged_s, gpu_s)
+        entry.charged_s -= ahead_s
+        self.charge(account, gpu_s - ahead_s)
 
     def hold(self, entry: Entry, account: Account) -> None:
         """The request is not owed yet."""
@@ -144,13 +160,15 @@ class FairShares:
         self._backlogged.clear()
 
     def charge(self, account: Account, gpu_s: float) -> None:
-        """GPU time was spent on a caller."""
-        self.fair_s += gpu_s / max(self._open_weight, account.weight)
-        account.spent_s = min(account.spent_s + gpu_s / account.weight, self.fair_s + self._credit_s)
+        """GPU time was spent on a caller, or is about to be."""
+        account.spent_s = max(account.spent_s, self.most_s - self._credit_s) + gpu_s / account.weight
+        self.most_s = max(self.most_s, account.spent_s)
 
     def ended(self, entry: Entry, account: Account) -> None:
         """A request is over, however it ended."""
         account.promised_s -= entry.promised_s
+        account.spent_s -= entry.charged_s / account.weight
+        entry.promised_s = entry.charged_s = 0.0
         account.open -= 1
         if not account.open:
             account.promised_s = 0.0
@@ -164,7 +182,7 @@ class FairShares:
     def _forget(self) -> None:
         """Who is silent, and as far behind as anybody can be, is as good as a new caller."""
         caller, account = next(iter(self._idle.items()))
-        if account.spent_s <= self.fair_s - self._credit_s:
+        if account.spent_s <= self.most_s - self._credit_s:
             del self._idle[caller], self.accounts[caller]
             self.contended = len(self.accounts) > 1
 

@@ -63,6 +63,8 @@ class Prefetcher:
         cluster = self._cluster
         if self._recurrence is not None:
             self._recurrence.advance(now_s)
+        if cluster.queues.sparing:
+            return None
         if any(gpu.memory.copying is None for gpu in cluster.idle):
             return self._next_unasked(now_s)  # the policy had its choice
         wanted = self._cold()

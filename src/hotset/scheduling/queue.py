@@ -79,6 +79,10 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     """Its caller has had less than his share, even with it."""
     promised_s: float = 0.0
     """GPU seconds that it was expected to take when that was found."""
+    charged_s: float = 0.0
+    """GPU seconds that its caller's account was charged with ahead, and that were not spent on it yet."""
+    since_s: float = 0.0
+    """When it began to wait in the standing that it has: when it arrived, or when it was found to be owed."""
     expected: bool = False
     """It counts for the rate at which its model is asked for."""
     pressed: bool = False

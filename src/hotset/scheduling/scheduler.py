@@ -217,7 +217,7 @@ class Scheduler:
     def _start(self, gpu: GpuState, entry: Entry, rule: Rule, now_s: float) -> None:
         """Put a request on an idle GPU: run it if its model is there, else make room and load first."""
         cluster, memory, model = self.cluster, gpu.memory, entry.model
-        entry.gpu_id = gpu.gpu_id
+        self._queues.started(entry, gpu)
         if model in memory.residents and memory.copying != model:
             self._run(gpu, Work(model, [entry], hit=entry.loaded_on != gpu.gpu_id, now_s=now_s), rule, now_s)
             return
@@ -264,7 +264,7 @@ class Scheduler:
             limit = max(limit, min(self.config.max_burst, int(self._burst_s / one_s) if one_s else limit))
         queues = self._queues
         while len(entries) < limit:
-            entry = queues.first_of(model)
+            entry = queues.first_to_join(model, entries)
             if entry is not None:
                 queues.take(entry, Place.ASSIGNED)
             elif self._gathers and (entry := self._gathering.take(model)) is not None:

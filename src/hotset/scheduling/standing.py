@@ -24,16 +24,15 @@ from hotset.vocabulary import NORMAL_PRIORITY, Request
 
 if TYPE_CHECKING:
     from hotset.scheduling.cache import Resident
-    from hotset.scheduling.cluster import Cluster
+    from hotset.scheduling.cluster import Cluster, GpuState
 
 MOST_PASSED = 50
 """Requests of higher priorities that go before a waiting one of a lower priority until one of that priority goes."""
 MOST_CALLERS = 200
 """Callers whose usage is told apart; all others are ``OTHERS``."""
 OTHERS = "(others)"
-CROWD = 3.5
-"""Waiting requests per GPU beyond which shares are looked after. Below it everybody's turn is near, and order is the
-policy's business alone."""
+MOST_UNCROWDED = 3.5
+"""Waiting requests per GPU beyond which shares are looked after in any case (``Queues._is_crowded``)."""
 
 
 class Queues:
@@ -67,6 +66,7 @@ class Queues:
         usage = self.usage.get(request.caller) or self._usage_of(request.caller)
         usage.requests += 1
         entry.account = shares.open(request, usage)
+        entry.since_s = request.arrival_s
         if shares.contended and not contended:
             self._contend(shares, request.priority)
         if not self._is_crowded(shares):
@@ -99,7 +99,7 @@ class Queues:
         assert account is not None
         shares = self._shares[priority]
         if shares.contended:
-            if self._is_crowded(shares) and shares.owes(account):
+            if self._is_crowded(shares) and self._owes(shares, account):
                 self._promise(shares, entry, account, entry.request.arrival_s)
             else:
                 shares.hold(entry, account)
@@ -162,6 +162,27 @@ class Queues:
         assert entry.queue is not None
         entry.queue.take(entry, place, skips=skips)
 
+    def started(self, entry: Entry, gpu: GpuState) -> None:
+        """A request has got a GPU: from now on its caller pays for what it is expected to take."""
+        cluster, model, account, shares = (
+            self._cluster,
+            entry.model,
+            entry.account,
+            self._shares[entry.request.priority],
+        )
+        entry.gpu_id = gpu.gpu_id
+        if shares.contended and not entry.charged_s:
+            assert account is not None
+            cost_s = cluster.inference_s(model, gpu)
+            if model not in gpu.memory.residents and model not in cluster.cache.evictors:
+                cost_s += cluster.load_s(model, gpu)
+            shares.begin(entry, account, cost_s)
+
+    def first_to_join(self, model: str, run: list[Entry]) -> Entry | None:
+        """Who may join a run next: nobody beyond his caller's share makes one that is owed take longer."""
+        entry = self.first_of(model)
+        return None if entry is not None and run and run[0].owed and not entry.owed else entry
+
     def give_back(self, entries: list[Entry]) -> None:
         """Take back requests that had left their queues; whoever came out of a batch that gathered never was in one."""
         for queue in self.all:
@@ -207,35 +228,55 @@ class Queues:
             assert account is not None
             account.usage.run_s += share_s
             if shares.contended:
-                self._charge(shares, account, share_s, now_s)
+                shares.settle(entry, account, share_s)
+                self._look(shares, now_s)
 
     def loaded(self, resident: Resident, load_s: float, now_s: float) -> None:
-        """A GPU has loaded, or restored, a model: the request that caused it pays."""
+        """A GPU has loaded, or restored, a model: who caused it pays. That is the request for which the model had to
+        go, where its last copy went for another; else the one that it was loaded for."""
         payer, resident.payer = resident.payer, None
         if payer is None:
             return
+        payer = self._cluster.cache.evictors.pop(resident.model, payer)
         assert payer.account is not None
         payer.account.usage.load_s += load_s
         shares = self._shares[payer.request.priority]
         if shares.contended:
-            self._charge(shares, payer.account, load_s, now_s)
+            shares.settle(payer, payer.account, load_s)
+            self._look(shares, now_s)
 
-    def _charge(self, shares: FairShares, account: Account, gpu_s: float, now_s: float) -> None:
-        shares.charge(account, gpu_s)
+    def _look(self, shares: FairShares, now_s: float) -> None:
+        """Accounts have changed: who is owed something now?"""
         if not self._is_crowded(shares):
             return
         for other, entry in shares.held():
-            if shares.owes(other):
+            if self._owes(shares, other):
                 self._promise(shares, entry, other, now_s)
                 self._move(entry)
 
+    def _owes(self, shares: FairShares, account: Account) -> bool:
+        """Whether the caller's next request is owed to him: he has had less than others, or has no more requests open
+        than his part of what is no crowd yet, so that it is not he who makes it one."""
+        return shares.owes(account) or shares.part(account) * self._most_uncrowded() >= account.open
+
     def _promise(self, shares: FairShares, entry: Entry, account: Account, now_s: float) -> None:
         shares.promise(entry, account, self._cost_s(entry))
+        entry.since_s = now_s
         self._expect(entry, now_s)
 
     def _is_crowded(self, shares: FairShares) -> bool:
-        """Whether several callers compete for the GPUs."""
-        return shares.contended and self.waiting > CROWD * len(self._cluster.gpus)
+        """Whether several callers compete for the GPUs: what waits is more than a load and a run on each of them.
+
+        With less, everybody's turn comes within the time that a good order is worth, a load, and order is the policy's
+        business alone. Where loads take many runs, no more than ``MOST_UNCROWDED`` wait for each GPU.
+        """
+        if not shares.contended:
+            return False
+        return self.waiting > self._most_uncrowded()
+
+    def _most_uncrowded(self) -> float:
+        most, run_s = MOST_UNCROWDED * len(self._cluster.gpus), self._cluster.profiles.typical_inference_s()
+        return min(most, self._unit_s() / run_s) if run_s else most
 
     def press(self, entry: Entry) -> None:
         """A waiting request's deadline presses from now on."""

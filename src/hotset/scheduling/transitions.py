@@ -31,6 +31,8 @@ class Transitions:
             cluster.thrash.swapped(cluster.load_s(model, gpu), now_s)
         for victim in room.victims:
             cache.evict(memory, victim)
+            if payer is not None and cache.copies(victim.model) == 1:
+                cache.evictors[victim.model] = payer
         for victim in room.unloaded:
             self.unload(gpu, victim.model)
         expected_s = 0.0

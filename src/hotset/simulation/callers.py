@@ -20,6 +20,10 @@ class Flood(msgspec.Struct, frozen=True, kw_only=True):
     rate_per_minute: float
     own_functions: int = 0
     """How many functions, of Zipf popularity, are called by nobody else; 0: the others' are called."""
+    begins_s: float = 0.0
+    """When its first call may come."""
+    weight: float = 1.0
+    """Its share of the GPUs' time, relative to that of each other caller."""
 
     def __post_init__(self) -> None:
         require_positive("the flood's rate", self.rate_per_minute)
@@ -70,7 +74,8 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
         )
         # Seeds are whole numbers from 0: its streams are nobody else's.
         for arrival in alone.arrivals(-1 - seed):
-            yield msgspec.structs.replace(arrival, caller=FLOOD)
+            if arrival.time_s >= flood.begins_s:
+                yield msgspec.structs.replace(arrival, caller=FLOOD, weight=flood.weight)
 
 
 def _time_s(arrival: Arrival) -> float:

@@ -135,12 +135,14 @@ class Hotset:
 
     def _is_due(self, cluster: Cluster, head: Entry, now_s: float) -> bool:
         """Whether the oldest request may be passed over no more. One whose model has all its copies waits for these,
-        not for GPUs that others could take."""
+        not for GPUs that others could take. What is beyond its caller's share waits for what others leave."""
+        if cluster.queues.sparing:
+            return False
         if cluster.is_spread(head.model):
             others = (line[0] for model, line in cluster.queue.models.items() if not cluster.is_spread(model))
-            oldest_s = min((entry.request.arrival_s for entry in others), default=now_s)
+            oldest_s = min((entry.since_s for entry in others), default=now_s)
             return now_s - oldest_s >= self.longest_wait_s
-        return cluster.queue.skips_of_head >= self.most_skips or now_s - head.request.arrival_s >= self.longest_wait_s
+        return cluster.queue.skips_of_head >= self.most_skips or now_s - head.since_s >= self.longest_wait_s
 
     def _stay(self, cluster: Cluster, head: Entry, now_s: float) -> Placement | None:
         """While GPUs thrash: the oldest request for a model that was loaded lately where it is, on that GPU."""
@@ -258,7 +260,7 @@ class Hotset:
                 saved_s, helped = _saved(len(line), wait_s, load_s, inference_s, outlook.copies)
                 gain_s += saved_s
                 if saved_s:
-                    waited_s = now_s - line[0].request.arrival_s + wait_s
+                    waited_s = now_s - line[0].since_s + wait_s
                     urgent_s = URGENCY * saved_s * waited_s / (load_s + inference_s or waited_s)
             if gain_s + urgent_s > 0.0:
                 worth = (gain_s + urgent_s) / load_s if load_s else math.inf
@@ -340,7 +342,7 @@ def _by_most_worth(cluster: Cluster, models: list[str], now_s: float) -> list[_L
     for outlook in cluster.prices.outlooks_of(models, gpu, now_s):
         line = queued[outlook.model]
         count = len(line)
-        waiting_s = count * (young_s - line[0].request.arrival_s)
+        waiting_s = count * (young_s - line[0].since_s)
         gpu_s = _soonest_s(cluster, outlook) + count * _each_s(cluster, outlook, gpu, count)
         lines.append(_Line(outlook, waiting_s, gpu_s, waiting_s / gpu_s if gpu_s else math.inf))
     if len(lines) > 1:
