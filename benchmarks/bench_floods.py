@@ -5,8 +5,8 @@
     python benchmarks/bench_floods.py --cells "223 a minute" --policies hotset,lalb_o3,lalb,mqfq_sticky
 
 One caller sends ten times what his share of the GPUs' time would answer, were there no loads, of the others' functions
-or of his own; the others together send what the cell says. Both runs have the same calls of the others. Models and their
-times are the paper's, the queue holds 2,000. Answers are counted from the flood's beginning on.
+or of his own; the others together send what the cell says. Both runs have the same calls of the others. Models and
+their times are the paper's, the queue holds 2,000. Answers are counted from the flood's beginning on.
 """
 
 from __future__ import annotations
