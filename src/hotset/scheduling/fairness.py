@@ -6,8 +6,8 @@ had less than the one who has had *most*, by more than a slack, his next request
 is not owed is considered before it. What the owed ones leave is everybody's. Who asks, and when: ``standing.py``.
 
 So a caller who is alone is never held back, a flood is served with what the others leave, or with as much as any of
-them gets where they leave less, and all others meet the policy as if they were one. What is remembered is bounded: nobody
-is ever more than ``CREDIT`` behind, so neither a long silence nor an old flood counts for long.
+them gets where they leave less, and all others meet the policy as if they were one. What is remembered is bounded:
+nobody is ever more than ``CREDIT`` behind, so neither a long silence nor an old flood counts for long.
 
 After Goyal, Vin, Cheng, "Start-time Fair Queueing", SIGCOMM 1996: virtual time is clocked by the service itself, and
 work is charged for when it begins. The two answers are those of a network that marks what exceeds the agreed rate.
