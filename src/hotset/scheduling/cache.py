@@ -84,6 +84,8 @@ class GpuMemory:
     """Models that have a pin here (``scheduling/pins.py``), resident yet or not, and the bytes set aside for each."""
     unpinned_bytes: int = 0
     """What is left of the capacity for all others."""
+    spares: bool = False
+    """Residents that nobody uses are marked as in use: they are to be spared, for the moment."""
     copying: str | None = None
     """The model whose load or restore is in flight on the copy lane (``SchedulerConfig.overlap``)."""
 
@@ -146,6 +148,8 @@ class CacheManager:
     def __init__(self, eviction: EvictionPolicy, host_memory_bytes: int = 0) -> None:
         self.eviction = eviction
         self.host_memory_bytes = host_memory_bytes
+        self.changes = 0
+        """How often a GPU got or lost a copy."""
         self.evictions = 0
         self.useful_prefetches = 0
         """Models that were loaded ahead and ran."""
@@ -224,17 +228,19 @@ class CacheManager:
         """
         if memory.copying is not None:
             return None
-        missing = need_bytes - memory.free_bytes - memory.parked_bytes
+        missing = need_bytes - memory.capacity_bytes + memory.used_bytes - memory.parked_bytes
         if missing <= 0:
             return []
         if not spared:
             return self.eviction.choose(memory, missing, now_s)
         shielded = [resident for model, resident in memory.residents.items() if model in spared and not resident.in_use]
+        memory.spares = True
         for resident in shielded:
             resident.in_use = True  # all that an eviction policy knows of being spared
         victims = self.eviction.choose(memory, missing, now_s)
         for resident in shielded:
             resident.in_use = False
+        memory.spares = False
         return victims
 
     def room_for(self, memory: GpuMemory, model: str, need_bytes: int, victims: list[Resident]) -> Room:
@@ -318,7 +324,7 @@ class CacheManager:
         """Account for a load or a restore that is about to start."""
         resident = memory.parked.get(model)
         held_bytes = resident.device_bytes if resident is not None else 0
-        if model in memory.residents or memory_bytes > memory.free_bytes + held_bytes:
+        if model in memory.residents or memory_bytes > memory.capacity_bytes - memory.used_bytes + held_bytes:
             raise InvariantError(f"{model} cannot be reserved on {memory.gpu_id}: it is there, or there is no room")
         if resident is None:
             resident = Resident(model, memory_bytes, now_s)
@@ -334,7 +340,12 @@ class CacheManager:
         memory.residents[model] = resident
         memory.used_bytes += memory_bytes
         memory.version += 1
-        self._holders.setdefault(model, {})[memory.gpu_id] = None
+        held = self._holders.get(model)
+        if held is None:
+            self._holders[model] = {memory.gpu_id: None}
+        else:
+            held[memory.gpu_id] = None
+        self.changes += 1
         return resident
 
     def loading_ahead(self, memory: GpuMemory, model: str, *, guessed: bool) -> None:
@@ -352,6 +363,7 @@ class CacheManager:
             # A node lets no process grow past its reservation, so this only ever gives memory back.
             measured = min(memory_bytes, resident.memory_bytes + memory.free_bytes)
             memory.used_bytes += measured - resident.memory_bytes
+            memory.version += measured != resident.memory_bytes
             resident.memory_bytes = measured
         return resident
 
@@ -439,6 +451,7 @@ class CacheManager:
         self.evictors.pop(model, None)
 
     def _forget_holder(self, model: str, gpu_id: str) -> None:
+        self.changes += 1
         held = self._holders[model]
         del held[gpu_id]
         if not held:

@@ -14,7 +14,7 @@ import msgspec
 from hotset.scheduling.cache import CacheManager, GpuMemory, Resident
 from hotset.scheduling.gathering import Gathering
 from hotset.scheduling.holders import HolderIndex
-from hotset.scheduling.prices import Prices
+from hotset.scheduling.prices import GpuPrices, Prices
 from hotset.scheduling.profiles import Profiles
 from hotset.scheduling.queue import Entry, GlobalQueue
 from hotset.scheduling.rates import ArrivalRates
@@ -56,6 +56,7 @@ class GpuState:
         "local_backlog_s",
         "local_queue",
         "memory",
+        "prices",
         "stamp",
         "work",
     )
@@ -77,6 +78,8 @@ class GpuState:
         """Version of what the holder index knows of it; older records are stale."""
         self.idle_rank = 0
         """Order of becoming idle: the lowest of two idle GPUs has been idle longer."""
+        self.prices: GpuPrices | None = None
+        """Of what it holds; ``prices.py`` keeps them here."""
 
     @property
     def finish_s(self) -> float:
@@ -299,7 +302,6 @@ class Cluster:
         self.idle.pop(gpu, None)
         self._holders.left(gpu)
         self.cache.drop_gpu(gpu_id)
-        self.prices.left(gpu_id)
         self._measure_capacity()
         self.measure_room()
         return gpu

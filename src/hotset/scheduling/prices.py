@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from hotset.scheduling.cache import CacheManager, GpuMemory, Resident
+from hotset.scheduling.cache import CacheManager, Resident
 from hotset.scheduling.holders import MANY_COPIES
 from hotset.scheduling.rates import ArrivalRates
 
@@ -75,17 +76,20 @@ class _Room(msgspec.Struct, frozen=True, gc=False):
     price_s: float
 
 
-class _GpuPrices(msgspec.Struct, gc=False):
+class GpuPrices(msgspec.Struct, gc=False):
     """Prices of one GPU's residents, as long as they are the same and were priced lately."""
 
-    memory: GpuMemory
     version: int
+    """Of its memory."""
     utilisation: float
     fresh_until_s: float
-    ranked: list[PricedResident] | None = None
+    changes: int
+    """``CacheManager.changes`` when the copies that the ranks rest on were last found to be the same."""
+    is_ranked: bool = False
+    ranked: list[PricedResident] = []
     """Cheapest to lose first."""
-    rooms: dict[int, _Room] = {}
-    """By the bytes that were missing, for a GPU that nobody else waits for."""
+    rooms: dict[tuple[int, int], _Room | None] = {}
+    """By the bytes that were missing, and the ranks (as bits) of those who may not go."""
 
 
 class Prices:
@@ -95,19 +99,28 @@ class Prices:
         self._cluster = cluster
         self._cache: CacheManager = cluster.cache
         self._rates: ArrivalRates = cluster.rates
-        self._gpus: dict[str, _GpuPrices] = {}
-        self._outlooks: dict[str, Outlook] = {}
-
-    def left(self, gpu_id: str) -> None:
-        self._gpus.pop(gpu_id, None)
+        self.known: dict[str, Outlook] = {}
+        """What ``outlook`` last said of each model (read only): for loops in which a call each is too dear."""
 
     def forget(self, model: str) -> None:
-        """What was expected of the model holds no more: it is gone, or its load was measured."""
-        self._outlooks.pop(model, None)
+        """The model is gone."""
+        self.known.pop(model, None)
+
+    def loaded(self, model: str) -> None:
+        """Its load was measured: what was expected of the model may hold no more."""
+        outlook = self.known.get(model)
+        if outlook is not None and outlook.load_s != self._cluster.profiles.load_s(model, outlook.kind):
+            del self.known[model]
+
+    def arrived(self, model: str, now_s: float) -> None:
+        """A request came: what is expected of its model is brought up to date now, not while a load is decided."""
+        outlook = self.known.get(model)
+        if outlook is not None and now_s >= outlook.fresh_until_s:
+            self._look_out(model, outlook.kind, now_s)
 
     def outlook(self, model: str, gpu: GpuState, now_s: float) -> Outlook:
         """What is expected of the model, on GPUs of that one's kind; maybe a little old."""
-        outlook = self._outlooks.get(model)
+        outlook = self.known.get(model)
         if outlook is None or now_s >= outlook.fresh_until_s or outlook.kind != gpu.kind:
             outlook = self._look_out(model, gpu.kind, now_s)
         holders = self._cache.held.get(model)
@@ -118,16 +131,6 @@ class Prices:
             outlook.another_copy_s = None
         return outlook
 
-    def outlooks_of(self, models: Sequence[str], gpu: GpuState, now_s: float) -> list[Outlook]:
-        """The same for several models that no GPU holds."""
-        known, kind, outlooks = self._outlooks, gpu.kind, list[Outlook]()
-        for model in models:
-            outlook = known.get(model)
-            if outlook is None or now_s >= outlook.fresh_until_s or outlook.kind != kind:
-                outlook = self._look_out(model, kind, now_s)
-            outlooks.append(outlook)
-        return outlooks
-
     def _look_out(self, model: str, kind: str, now_s: float) -> Outlook:
         profiles, rates = self._cluster.profiles, self._rates
         per_s, load_s = rates.per_s(model, now_s), profiles.load_s(model, kind)
@@ -135,7 +138,7 @@ class Prices:
         back_s = load_s
         if self._cache.host_memory_bytes:
             back_s = min(load_s, profiles.offload_s(model, kind) + profiles.restore_s(model, kind))
-        outlook = self._outlooks[model] = Outlook(
+        outlook = self.known[model] = Outlook(
             model,
             kind,
             per_s,
@@ -150,7 +153,10 @@ class Prices:
 
     def utilisation(self, gpu: GpuState, now_s: float) -> float:
         """The share of its time that requests for its residents take, were each spread evenly over its copies."""
-        return self._of(gpu, now_s).utilisation
+        prices = gpu.prices
+        if prices is None or prices.version != gpu.memory.version or now_s >= prices.fresh_until_s:
+            prices = self._price(gpu, now_s)
+        return prices.utilisation
 
     def price_s(self, gpu: GpuState, victims: Sequence[Resident], now_s: float) -> float:
         """What losing these residents would cost their callers."""
@@ -161,17 +167,18 @@ class Prices:
 
         Of a busy GPU: what it will be when the model that it runs may go as well.
         """
-        room = self._room(gpu, missing_bytes, now_s, ahead=gpu.work is not None)
+        room = self._room(gpu, missing_bytes, now_s, gpu.work is not None)
         return room.price_s if room is not None else None
 
     def is_current(self, gpu: GpuState) -> bool:
         """Whether the GPU's prices are those of now; where copies have come or gone elsewhere they are forgotten."""
-        prices, copies = self._gpus.get(gpu.gpu_id), self._cache.copies
-        if prices is not None and prices.ranked is not None:
+        prices, cache = gpu.prices, self._cache
+        if prices is not None and prices.changes != cache.changes:
             for one in prices.ranked:
-                if one.copies != copies(one.resident.model):
-                    del self._gpus[gpu.gpu_id]
+                if one.copies != len(cache.held.get(one.resident.model, ())):
+                    gpu.prices = None
                     return False
+            prices.changes = cache.changes
         return True
 
     def cheapest_victims(self, gpu: GpuState, missing_bytes: int, now_s: float) -> list[Resident] | None:
@@ -181,28 +188,38 @@ class Prices:
         prove not to be needed. None: the room cannot be made.
         """
         self.is_current(gpu)
-        room = self._room(gpu, missing_bytes, now_s, ahead=False)
+        room = self._room(gpu, missing_bytes, now_s, False)
         return room.victims if room is not None else None
 
-    def _room(self, gpu: GpuState, missing_bytes: int, now_s: float, *, ahead: bool) -> _Room | None:
-        prices = self._of(gpu, now_s)
-        ranked, lines = prices.ranked, self._cluster.queues.wanted()
-        if ranked is None:
-            ranked = prices.ranked = self._rank(gpu, now_s)
-        unwanted = ranked
-        for one in ranked:
-            if one.resident.in_use or one.resident.model in lines:
-                able = ranked if ahead else [one for one in ranked if not one.resident.in_use]
-                unwanted = [one for one in able if one.resident.model not in lines]
-                if sum([one.resident.memory_bytes for one in unwanted]) < missing_bytes:
-                    unwanted = able
-                return _cheapest_room(unwanted, missing_bytes)
-        room = prices.rooms.get(missing_bytes)
-        if room is None:
-            room = _cheapest_room(ranked, missing_bytes)
-            if room is not None:
-                prices.rooms[missing_bytes] = room
-        return room
+    def _room(self, gpu: GpuState, missing_bytes: int, now_s: float, ahead: bool) -> _Room | None:
+        prices, memory = gpu.prices, gpu.memory
+        if prices is None or prices.version != memory.version or now_s >= prices.fresh_until_s or not prices.is_ranked:
+            prices = self.ranked(gpu, now_s)
+        lines, ranked, staying = self._cluster.queues.wanted(), prices.ranked, 0
+        all_spare = ahead or (gpu.work is None and memory.copying is None and not memory.spares)
+        if not all_spare or not lines.isdisjoint(memory.residents):
+            left_bytes = missing_bytes
+            for rank, one in enumerate(ranked):
+                if one.resident.model in lines or (one.resident.in_use and not ahead):
+                    staying |= 1 << rank
+                else:
+                    left_bytes -= one.resident.memory_bytes
+            if staying and left_bytes > 0:  # then those too that somebody waits for
+                return _cheapest_room([one for one in ranked if ahead or not one.resident.in_use], missing_bytes)
+        rooms, asked = prices.rooms, (missing_bytes, staying)
+        if asked not in rooms:
+            spare = ranked if not staying else [one for rank, one in enumerate(ranked) if not staying >> rank & 1]
+            rooms[asked] = _cheapest_room(spare, missing_bytes)
+        return rooms[asked]
+
+    def ranked(self, gpu: GpuState, now_s: float) -> GpuPrices:
+        """Its prices, with its residents ranked."""
+        prices = gpu.prices
+        if prices is None or prices.version != gpu.memory.version or now_s >= prices.fresh_until_s:
+            prices = self._price(gpu, now_s)
+        if not prices.is_ranked:
+            prices.ranked, prices.is_ranked = self._rank(gpu, now_s), True
+        return prices
 
     def another_copy_s(self, gpu: GpuState, model: str, now_s: float) -> float:
         """Waiting that one more copy, on a GPU as free as GPUs get, would save within the horizon.
@@ -264,52 +281,51 @@ class Prices:
         for gpu_id in self._cache.holders(model):
             gpu = gpus[gpu_id]
             if gpu is not but:
-                product *= self._of(gpu, now_s).utilisation
+                product *= self.utilisation(gpu, now_s)
         return product
 
-    def _of(self, gpu: GpuState, now_s: float) -> _GpuPrices:
-        prices = self._gpus.get(gpu.gpu_id)
-        memory = gpu.memory
-        if (
-            prices is None
-            or prices.version != memory.version
-            or now_s >= prices.fresh_until_s
-            or prices.memory is not memory
-        ):
-            utilisation = 0.0
-            for name in memory.residents:
-                utilisation += self.outlook(name, gpu, now_s).share
-            utilisation = min(max(utilisation, LEAST_UTILISATION), MOST_UTILISATION)
-            fresh_until_s = now_s + FRESH_SHARE * self._rates.history_s(now_s)
-            prices = self._gpus[gpu.gpu_id] = _GpuPrices(memory, memory.version, utilisation, fresh_until_s)
+    def _price(self, gpu: GpuState, now_s: float) -> GpuPrices:
+        """Prices of what it holds now. Its residents are ranked once somebody asks for room."""
+        utilisation = 0.0
+        for model in gpu.memory.residents:
+            utilisation += self.outlook(model, gpu, now_s).share
+        prices = gpu.prices = GpuPrices(
+            gpu.memory.version,
+            min(max(utilisation, LEAST_UTILISATION), MOST_UTILISATION),
+            now_s + FRESH_SHARE * self._rates.history_s(now_s),
+            self._cache.changes,
+        )
         return prices
 
     def _rank(self, gpu: GpuState, now_s: float) -> list[PricedResident]:
         """The GPU's residents that may be lost, cheapest to lose first."""
-        copies = self._cache.copies
-        ranked = [
-            PricedResident(self._loss_s(gpu, model, now_s), resident, copies(model))
-            for model, resident in gpu.memory.residents.items()
-            if not resident.pinned
-        ]
+        ranked: list[PricedResident] = []
+        for model, resident in gpu.memory.residents.items():
+            if not resident.pinned:
+                outlook = self.outlook(model, gpu, now_s)
+                copies, back_s = outlook.copies, outlook.back_s
+                if copies == 1 and back_s == outlook.load_s:
+                    price_s = outlook.wanted * back_s
+                else:
+                    price_s = self._loss_s(gpu, model, now_s)
+                ranked.append(PricedResident(price_s, resident, copies))
         if len(ranked) > 1:
             ranked.sort(key=_by_price)
         return ranked
 
 
-def _by_price(priced: PricedResident) -> float:
-    return priced.price_s
+_by_price = attrgetter("price_s")
 
 
 def _cheapest_room(ranked: Sequence[PricedResident], missing_bytes: int) -> _Room | None:
     """The cheapest way to make room of these residents; None if they are too small."""
+    if ranked and (first := ranked[0]).resident.memory_bytes >= missing_bytes:
+        return _Room([first.resident], first.price_s)  # as any search would find
     held_bytes = 0
     for one in ranked:
         held_bytes += one.resident.memory_bytes
     if held_bytes < missing_bytes:
         return None
-    if ranked[0].resident.memory_bytes >= missing_bytes:
-        return _Room([ranked[0].resident], ranked[0].price_s)  # as any search would find
     victims = (_cheapest if len(ranked) <= MOST_COMPARED else _cheap)(ranked, missing_bytes)
     price_s = 0.0
     for one in victims:

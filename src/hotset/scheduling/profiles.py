@@ -223,7 +223,7 @@ class Profiles:
     def inference_s(self, model: str, kind: str, batch: int = 1) -> float:
         """Expected seconds of one run of ``batch`` requests."""
         known = self._runs.get((model, kind)) or self._run(model, kind)
-        estimate = known.estimate(batch)
+        estimate = known.mean_s if batch == known.mean_n else known.estimate(batch)
         if estimate is not None:
             return estimate
         return batch * self.typical_inference_s()

@@ -103,7 +103,8 @@ class GlobalQueue:
         self.standing = standing
         """Of all requests in it."""
         self._fifo: deque[Entry] = deque()
-        self._by_model: OrderedDict[str, deque[Entry]] = OrderedDict()
+        self.models: OrderedDict[str, deque[Entry]] = OrderedDict()
+        """The models somebody waits for (read only), each with its line, oldest first; the newest lines last."""
         self.waiting = 0
         """How many requests wait (read only)."""
         self.skips_of_head = 0
@@ -117,9 +118,9 @@ class GlobalQueue:
         entry.queue = self
         entry.in_fifo = True
         self._fifo.append(entry)
-        line = self._by_model.get(entry.model)
+        line = self.models.get(entry.model)
         if line is None:
-            self._by_model[entry.model] = deque((entry,))
+            self.models[entry.model] = deque((entry,))
         else:
             line.append(entry)
         self.waiting += 1
@@ -140,8 +141,8 @@ class GlobalQueue:
             entry.in_fifo = True
             entry.skipped_over = False
             entry.place = Place.QUEUED
-            line = [*self._by_model.get(entry.model, ()), entry]
-            self._by_model[entry.model] = deque(sorted(line, key=_by_seq))
+            line = [*self.models.get(entry.model, ()), entry]
+            self.models[entry.model] = deque(sorted(line, key=_by_seq))
         self._fifo = deque(sorted([*self._fifo, *absent], key=_by_seq))
         self.skips_of_head = sum(entry.skipped_over for entry in self._fifo)
         self.waiting += len(entries)
@@ -151,13 +152,13 @@ class GlobalQueue:
         entry.place = place
         entry.skipped_over = skips
         self.waiting -= 1
-        line = self._by_model[entry.model]
+        line = self.models[entry.model]
         if line[0] is entry:
             line.popleft()
         else:
             line.remove(entry)  # a cancelled request, or one that gets a further copy of its model
         if not line:
-            del self._by_model[entry.model]
+            del self.models[entry.model]
         if self._fifo[0] is entry:
             self._fifo.popleft()
             entry.in_fifo = False
@@ -176,10 +177,10 @@ class GlobalQueue:
         Linear in the requests before it, of which there are few: it is its caller's oldest, or has waited long.
         """
         self.waiting -= 1
-        line = self._by_model[entry.model]
+        line = self.models[entry.model]
         line.remove(entry)
         if not line:
-            del self._by_model[entry.model]
+            del self.models[entry.model]
         self._fifo.remove(entry)
         entry.in_fifo = False
         self._drop_leading_holes()
@@ -190,7 +191,7 @@ class GlobalQueue:
 
     def first_of(self, model: str) -> Entry | None:
         """The oldest waiting request for this model."""
-        line = self._by_model.get(model)
+        line = self.models.get(model)
         return line[0] if line is not None else None
 
     def last(self) -> Entry | None:
@@ -199,18 +200,13 @@ class GlobalQueue:
 
     def waiting_for(self, model: str) -> int:
         """How many requests wait for this model."""
-        line = self._by_model.get(model)
+        line = self.models.get(model)
         return len(line) if line is not None else 0
-
-    @property
-    def models(self) -> OrderedDict[str, deque[Entry]]:
-        """The models somebody waits for (read only), each with its line, oldest first; the newest lines last."""
-        return self._by_model
 
     def set_back(self, models: list[str]) -> None:
         """Move these models' lines to the end of ``models``: whoever looks only at the first few has seen them."""
         for model in models:
-            self._by_model.move_to_end(model)
+            self.models.move_to_end(model)
 
     def in_order(self) -> Iterator[Entry]:
         """Every waiting request, oldest first."""
@@ -222,7 +218,6 @@ class GlobalQueue:
             holes += 1
             if entry.skipped_over:
                 skips += 1
-                entry.skipped_over = False
             entry.in_fifo = False
             fifo.popleft()
         self._holes -= holes

@@ -54,7 +54,8 @@ class ArrivalRates:
         if count is None:
             return 0.0
         # The counts' weights add up to rate x memory once history is long, to rate x history while it is short.
-        return count.weight * exp((count.at_s - now_s) / MEMORY_S) / self.history_s(now_s)
+        history_s = self._history_s if now_s == self._asked_s else self.history_s(now_s)
+        return count.weight * exp((count.at_s - now_s) / MEMORY_S) / history_s
 
     def last_s(self, model: str) -> float | None:
         """When the model was last asked for; None: never."""

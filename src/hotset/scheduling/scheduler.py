@@ -208,8 +208,7 @@ class Scheduler:
     def _dispatch_retries(self, now_s: float) -> None:
         """Requests whose process died go first, to another GPU than that one unless there is no other."""
         for entry in list(self._requests.retries):
-            gpu = self.cluster.gpu_for_retry(entry)
-            if gpu is not None:
+            if (gpu := self.cluster.gpu_for_retry(entry)) is not None:
                 self._requests.retries.remove(entry)
                 entry.place = Place.ASSIGNED
                 self._start(gpu, entry, Rule.RETRY, now_s)
@@ -277,7 +276,8 @@ class Scheduler:
     def _release(self, gpu: GpuState, model: str, now_s: float) -> None:
         """The GPU is done with a model, which stays there unless it was removed, or has too many copies, meanwhile."""
         self.cache.release(gpu.memory, model)
-        self._shed(model)
+        if self.cluster.removed or self.cluster.models[model].max_copies is not None:
+            self._shed(model)
         self._freed(gpu, now_s)
 
     def _freed(self, gpu: GpuState, now_s: float) -> None:
@@ -311,7 +311,7 @@ class Scheduler:
     def _model_loaded(self, event: ModelLoaded, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
         self.profiles.observe_load(event.model, gpu.kind, event.load_s)
-        self.cluster.prices.forget(event.model)  # its load was a guess before
+        self.cluster.prices.loaded(event.model)
         self._became_hot(gpu, event, event.load_s, now_s)
 
     def _model_restored(self, event: ModelRestored, now_s: float) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection, Iterator
+from collections.abc import Set as AbstractSet
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,7 @@ class Queues:
         if not entry.expected:
             entry.expected = True
             self._cluster.rates.arrived(entry.model, now_s)
+            self._cluster.prices.arrived(entry.model, now_s)
 
     def _contend(self, shares: FairShares, priority: int) -> None:
         """There is, or wants to be, a second caller: from now on it is known who holds what."""
@@ -128,10 +130,10 @@ class Queues:
         """The models that anybody waits for."""
         return self.main.models if not self.several else set().union(*(queue.models for queue in self.all))
 
-    def wanted(self) -> Collection[str]:
+    def wanted(self) -> AbstractSet[str]:
         """Those that anybody waits for whose standing is at least that of the queue in turn."""
         if not self.several:
-            return self.main.models
+            return self.main.models.keys()
         least = self._cluster.queue.standing
         return set().union(*(queue.models for queue in self.all if queue.standing <= least))
 
@@ -141,10 +143,12 @@ class Queues:
         them their models. Never while all GPUs are idle, so that something always goes on."""
         cluster = self._cluster
         standing = cluster.queue.standing
+        shares = self._shares[-standing.rank]
         return (
-            standing.over_share
+            shares.contended
+            and standing.over_share
             and len(cluster.idle) < len(cluster.gpus)
-            and self._is_crowded(self._shares[standing.priority])
+            and self._is_crowded(shares)
         )
 
     def first_of(self, model: str) -> Entry | None:

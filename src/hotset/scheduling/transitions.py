@@ -27,8 +27,9 @@ class Transitions:
         cluster, cache, memory = self._cluster, self._cache, gpu.memory
         for parked in room.forgotten:
             self.forget(cluster.gpus[memory.host.parked[parked].gpu_id], parked.model)
+        load_s = cluster.load_s(model, gpu)
         if room.victims:
-            cluster.thrash.swapped(cluster.load_s(model, gpu), now_s)
+            cluster.thrash.swapped(load_s, now_s)
         for victim in room.victims:
             cache.evict(memory, victim)
             if payer is not None and cache.copies(victim.model) == 1:
@@ -40,7 +41,6 @@ class Transitions:
             expected_s += cluster.profiles.offload_s(victim.model, gpu.kind)
             cache.park(memory, cluster.drop_resident(gpu, victim.model))
             self._outbox.actions.append(Offload(gpu.gpu_id, victim.model))
-        expected_s += cluster.load_s(model, gpu)
         request_id = None if payer is None else payer.request.request_id
         if model in memory.parked:
             self._outbox.actions.append(Restore(gpu.gpu_id, model, request_id))
@@ -48,7 +48,7 @@ class Transitions:
             self._outbox.actions.append(Load(gpu.gpu_id, model, request_id, cache.copies(model) > 0))
         resident = cache.reserve(memory, model, cluster.models[model].memory_bytes, now_s)
         resident.in_use, resident.payer = True, payer
-        return expected_s
+        return expected_s + load_s
 
     def unload(self, gpu: GpuState, model: str) -> None:
         """HOT -> COLD."""

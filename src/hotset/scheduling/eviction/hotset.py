@@ -21,3 +21,7 @@ class Hotset(EvictionPolicy):
 
     def price_s(self, memory: GpuMemory, missing_bytes: int, now_s: float) -> float | None:
         return self.cluster.prices.room_s(self.cluster.gpus[memory.gpu_id], missing_bytes, now_s)
+
+    def used(self, memory: GpuMemory, resident: Resident) -> None:
+        """Prices that are old are worked out anew now: a load that comes to this GPU later has less to wait for."""
+        self.cluster.prices.ranked(self.cluster.gpus[memory.gpu_id], resident.last_used_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import islice
+from operator import attrgetter
 
 import msgspec
 
@@ -66,15 +67,10 @@ class _Line(msgspec.Struct, gc=False):
     """GPU time that this takes: a load, and a run for each request."""
     most_worth: float
     """Waiting ended per second of GPU time, were room free."""
-
-
-class _Option(msgspec.Struct, frozen=True, gc=False):
-    """A line and the cheapest place for its model."""
-
-    outlook: Outlook
-    load: _Load
-    worth: float
-    """Waiting ended per second of GPU time, its victims' reloads counted in."""
+    load: _Load | None = None
+    """The cheapest place for its model; None: not looked for, or there is none."""
+    worth: float = 0.0
+    """As ``most_worth``, but the victims' reloads are counted in."""
 
 
 class _Candidate(msgspec.Struct, gc=False):
@@ -93,13 +89,7 @@ class _Candidate(msgspec.Struct, gc=False):
     """Until a holder could start that line."""
 
 
-class _Waiting(msgspec.Struct, gc=False):
-    """What one decision sees of the queue."""
-
-    nowhere: list[str]
-    """Models that no GPU holds."""
-    held: list[str]
-    """Models whose holders are all busy."""
+_most_worth, _by_worth = attrgetter("most_worth"), attrgetter("worth")
 
 
 class Hotset:
@@ -126,12 +116,16 @@ class Hotset:
         hit = self._hit(cluster, head, now_s)
         if hit is not None:
             return hit
-        waiting = _look(cluster)
-        if waiting.nowhere:
-            miss = self._miss(cluster, head, waiting.nowhere, now_s)
+        lines, held = queue.models if len(queue.models) <= MOST_LINES else _look(cluster), cluster.cache.held
+        nowhere = [model for model in lines if model not in held]
+        if nowhere:
+            miss = self._miss(cluster, head, nowhere, now_s)
             if miss is not None:
                 return miss
-        return self._copy(cluster, head, waiting, now_s) if waiting.held else None
+        if len(nowhere) == len(lines):
+            return None
+        copied = islice((model for model in lines if model in held), MOST_COPIED)
+        return self._copy(cluster, head, nowhere, list(copied), now_s)
 
     def _is_due(self, cluster: Cluster, head: Entry, now_s: float) -> bool:
         """Whether the oldest request may be passed over no more. One whose model has all its copies waits for these,
@@ -198,22 +192,25 @@ class Hotset:
 
         The one first that ends the most waiting per second of GPU time, its victims' reloads counted in.
         """
-        options: list[_Option] = []
+        options: list[_Line] = []
         most = -1.0  # of requests that have just come, where loads take no time, none is worth anything yet
         for line in _by_most_worth(cluster, models, now_s):
             if line.most_worth <= most or len(options) == MOST_PRICED:
                 break
-            load = self._cheapest_load(cluster, line.outlook, now_s)
+            line.load = load = self._cheapest_load(cluster, line.outlook, now_s)
             if load is not None:
                 gpu_s = line.gpu_s + RELOAD_PRICE * load.price_s
-                worth = line.waiting_s / gpu_s if gpu_s else math.inf
-                options.append(_Option(line.outlook, load, worth))
-                most = max(most, worth)
-        options.sort(key=_by_worth, reverse=True)
-        for option in options:
-            if not self._worth_putting_off(cluster, option.outlook, option.load, now_s):
-                entry = cluster.queue.models[option.outlook.model][0]
-                return Placement(entry, option.load.gpu, Rule.CHEAPEST_ROOM, skips=entry is not head)
+                line.worth = worth = line.waiting_s / gpu_s if gpu_s else math.inf
+                options.append(line)
+                if worth > most:
+                    most = worth
+        if len(options) > 1:
+            options.sort(key=_by_worth, reverse=True)
+        for line in options:
+            load = line.load
+            if load is not None and not self._worth_putting_off(cluster, line.outlook, load, now_s):
+                entry = cluster.queue.models[line.outlook.model][0]
+                return Placement(entry, load.gpu, Rule.CHEAPEST_ROOM, False, entry is not head)
         return None
 
     def _worth_putting_off(self, cluster: Cluster, outlook: Outlook, load: _Load, now_s: float) -> bool:
@@ -233,14 +230,19 @@ class Hotset:
                     return True
         return False
 
-    def _copy(self, cluster: Cluster, head: Entry, waiting: _Waiting, now_s: float) -> Placement | None:
-        """Load one more copy of a model, for the first of its line whom no holder can start before the load is done."""
+    def _copy(
+        self, cluster: Cluster, head: Entry, nowhere: list[str], held: list[str], now_s: float
+    ) -> Placement | None:
+        """Load one more copy of a model, for the first of its line whom no holder can start before the load is done.
+
+        ``nowhere``: models waited for that no GPU holds; ``held``: those whose holders are all busy.
+        """
         prices, gpu, lines = cluster.prices, next(iter(cluster.idle)), cluster.queue.models
-        homeless = sum(len(lines[model]) for model in waiting.nowhere)
+        homeless = sum(len(lines[model]) for model in nowhere)
         busy = 1.0 - (len(cluster.idle) - 1) / len(cluster.gpus)
         gpu_time_price = GPU_TIME_PRICE * min(2.0 * busy, 1.0) * (1.0 + CROWDING * homeless / len(cluster.gpus))
         candidates: list[_Candidate] = []
-        for model in waiting.held:
+        for model in held:
             line = lines[model]
             holder = cluster.earliest_holder(model)
             if holder is None:  # they are all idle
@@ -293,13 +295,14 @@ def _load_on(cluster: Cluster, gpu: GpuState, outlook: Outlook, now_s: float) ->
     known = cluster.models[outlook.model]
     if memory.copying is not None or (known.max_copies is not None and not cluster.fits(gpu, outlook.model)):
         return None
-    missing_bytes = known.memory_bytes - memory.free_bytes - memory.parked_bytes
+    missing_bytes = known.memory_bytes - memory.capacity_bytes + memory.used_bytes - memory.parked_bytes
     if missing_bytes > 0:
         room_s = cluster.cache.eviction.price_s(memory, missing_bytes, now_s)
         if room_s is None:
             return None
         price_s = room_s
-    load_s = cluster.load_s(outlook.model, gpu)
+    known_s = outlook.kind == gpu.kind and not memory.parked
+    load_s = outlook.load_s if known_s else cluster.load_s(outlook.model, gpu)
     # Requests for the other residents that come meanwhile wait for half of the time, on average.
     busy_s = outlook.run_s if cluster.overlap else outlook.run_s + load_s
     typical_run_s = cluster.profiles.typical_inference_s()
@@ -307,7 +310,7 @@ def _load_on(cluster: Cluster, gpu: GpuState, outlook: Outlook, now_s: float) ->
     total_s = price_s + BLOCKED * coming * busy_s / 2
     if total_s > MOST_HARM * (load_s + outlook.run_s) and cluster.queues.sparing:
         return None
-    if cluster.cache.parked_on(outlook.model):
+    if cluster.cache.host_memory_bytes and cluster.cache.parked_on(outlook.model):
         total_s += load_s  # it is not the same everywhere
     return _Load(gpu, price_s, total_s)
 
@@ -321,29 +324,29 @@ def _soonest_s(cluster: Cluster, outlook: Outlook) -> float:
     return outlook.load_s
 
 
-def _look(cluster: Cluster) -> _Waiting:
-    """The lines that a decision considers; all of them, where they are few."""
-    queue, holders = cluster.queue, cluster.cache.held
-    waiting = _Waiting([], [])
-    held, nowhere = waiting.held, waiting.nowhere
-    for model in islice(queue.models, MOST_LINES):
-        (held if model in holders else nowhere).append(model)
-    if len(queue.models) > MOST_LINES:
-        queue.set_back(held)
-    del held[MOST_COPIED:]
-    return waiting
+def _look(cluster: Cluster) -> list[str]:
+    """Of many models that are waited for, those that this decision considers."""
+    queue, held = cluster.queue, cluster.cache.held
+    models = list(islice(queue.models, MOST_LINES))
+    queue.set_back([model for model in models if model in held])
+    return models
 
 
 def _by_most_worth(cluster: Cluster, models: list[str], now_s: float) -> list[_Line]:
     """Lines by what they would be worth were room free, best first; of equals the older one."""
-    queued, gpu = cluster.queue.models, next(iter(cluster.idle))
+    queued, gpu, prices = cluster.queue.models, next(iter(cluster.idle)), cluster.prices
+    known, kind = prices.known, gpu.kind
     young_s = now_s + HEAD_START_LOADS * cluster.profiles.typical_load_s()
-    lines: list[_Line] = []
-    for outlook in cluster.prices.outlooks_of(models, gpu, now_s):
-        line = queued[outlook.model]
+    parks, lines = cluster.cache.host_memory_bytes > 0, list[_Line]()
+    for model in models:
+        outlook = known.get(model)
+        if outlook is None or now_s >= outlook.fresh_until_s or outlook.kind != kind:
+            outlook = prices.outlook(model, gpu, now_s)
+        line = queued[model]
         count = len(line)
         waiting_s = count * (young_s - line[0].since_s)
-        gpu_s = _soonest_s(cluster, outlook) + count * _each_s(cluster, outlook, gpu, count)
+        load_s = _soonest_s(cluster, outlook) if parks else outlook.load_s
+        gpu_s = load_s + (outlook.run_s if count == 1 else count * _each_s(cluster, outlook, gpu, count))
         lines.append(_Line(outlook, waiting_s, gpu_s, waiting_s / gpu_s if gpu_s else math.inf))
     if len(lines) > 1:
         lines.sort(key=_most_worth, reverse=True)
@@ -355,20 +358,12 @@ def _each_s(cluster: Cluster, outlook: Outlook, gpu: GpuState, count: int) -> fl
     return outlook.run_s if count == 1 or not outlook.batches else cluster.each_s(outlook.model, gpu, count)
 
 
-def _most_worth(line: _Line) -> float:
-    return line.most_worth
-
-
 def _best(candidates: list[_Candidate]) -> list[_Candidate]:
     """The few most worthy, best first; of equals the one whose line is older."""
     if len(candidates) > 1:
         candidates.sort(key=_by_worth, reverse=True)
         del candidates[2:]
     return candidates
-
-
-def _by_worth(candidate: _Candidate | _Option) -> float:
-    return candidate.worth
 
 
 def _wait_for(cluster: Cluster, holder: GpuState, model: str, entry: Entry, now_s: float) -> float:
