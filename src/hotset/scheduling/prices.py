@@ -2,7 +2,8 @@
 
 Everything is learned: arrival rates, load and inference times, who holds what (docs/policies.md derives each term).
 Prices change slowly and are asked for often, so they are worked out once per model and per GPU, and kept for
-``FRESH_SHARE`` of the rates' history, or until the model's copies, or the GPU's residents, change.
+``FRESH_SHARE`` of the rates' history, or until the model's copies, or the GPU's residents, change. Old ones are renewed
+where there is time for it, as a request arrives or a run starts: a decision to load then finds most of them ready.
 """
 
 from __future__ import annotations
