@@ -7,6 +7,8 @@ so that what the ring leaves to torch fails, and is seen.
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -338,3 +340,20 @@ def test_a_load_that_moves_nothing_makes_no_ring() -> None:
 
     with staged_load(ring):
         torch.nn.Linear(3, 3).to(torch.float64).to("cpu")
+
+
+def test_what_fast_loads_replace_outlives_a_staged_load():
+    script = """
+import torch
+from hotset.node.worker.fast_load import fast_load
+from hotset.node.worker.staged_load import staged_load
+state = torch.nn.Linear(2, 2).state_dict()
+with staged_load(), fast_load():
+    torch.nn.Linear(2, 2).load_state_dict(state)
+with fast_load():
+    module = torch.nn.Linear(2, 2)
+    module.load_state_dict(state)
+print(module.weight.data_ptr() == state["weight"].data_ptr())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

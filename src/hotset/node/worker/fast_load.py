@@ -94,13 +94,10 @@ def fast_load(code_path: str = "", sessions_ending: str = "") -> Iterator[list[M
 @contextlib.contextmanager
 def _fast_modules(code_path: str) -> Iterator[None]:
     global _load
-    torch = sys.modules.get("torch")
-    if torch is None:
+    if sys.modules.get("torch") is None:
         yield
         return
-    # They stay: a class that is changed has Python look everything up again in all that are derived from it, which in
-    # a fork of the zygote is a page fault each. So a process has it done before it knows what it is to load.
-    _replace(torch)
+    prepare()
     load = _load = _Load(code_path)
     try:
         yield
@@ -111,8 +108,15 @@ def _fast_modules(code_path: str) -> Iterator[None]:
         raise Incomplete(f"{left} parameters are initialised by the function and not loaded")
 
 
-def _replace(torch: Any) -> None:
-    if "torch" not in _replaced:
+def prepare() -> None:
+    """Replace what fast loads replace, in as far as its packages are imported and it was not done before.
+
+    It stays: a class that is changed has Python look everything up again in all that are derived from it, which in a
+    fork of the zygote is a page fault each. So a process has it done before it knows what it is to load. Whoever
+    replaces the same for a while only does so after this, or would take it back with its own.
+    """
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and "torch" not in _replaced:
         _replaced.add("torch")
         for user in filter(None, map(sys.modules.get, _THEIR_USERS)):
             for name in _INITIALISERS:

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from hotset.node.worker.fast_load import prepare
 from hotset.node.worker.replaced import replaced
 from hotset.node.worker.staging import Copy, StagingRing, dense, is_gpu, process_ring, why_not_plain
 from hotset.node.worker.tensor_files import MappedFile
@@ -34,6 +35,7 @@ def staged_load(ring: Callable[[], StagingRing] = process_ring) -> Iterator[None
     if torch is None:
         yield
         return
+    prepare()  # what it replaces stays when this is over
     moves, tensor, module = _Moves(ring), torch.Tensor, torch.nn.Module
     with contextlib.ExitStack() as patches:
         for owner, name, way in (
