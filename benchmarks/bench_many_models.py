@@ -50,6 +50,7 @@ from many_models import (
     make_weights,
     names,
     serving,
+    wait_for_load_checks,
     weights_path,
 )
 from memory_sampler import MemoryReport, MemorySampler
@@ -219,6 +220,7 @@ def prepare(folder: Path, more_load_s: float, seconds: float) -> Prepared:
         deploy(server, folder, more_load_s)
         for name in names():
             invoke(server, name)
+        wait_for_load_checks(server)
         runner.run(closed_loop(server.url, 3.0))  # whatever is popular comes to be on both GPUs
         prepared = Prepared(data, runner.run(closed_loop(server.url, seconds)))
     done.write_bytes(msgspec.json.encode(prepared.resident_rate_per_s))

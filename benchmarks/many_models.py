@@ -166,6 +166,17 @@ def wait_for_pool(server: Server) -> None:
     raise SystemExit(f"the server has no pool of processes after a minute:\n{server.log.read_text()}")
 
 
+def wait_for_load_checks(server: Server) -> None:
+    """Until fast loads of all functions are compared with ordinary ones, which takes processes of their own beside what
+    is measured, and begins again at the next start if it is cut short."""
+    with Remote(server.url) as remote:
+        for _ in range(1200):
+            if all(remote.function(name)["hotset"]["fast_load"] is not None for name in names()):
+                return
+            time.sleep(0.1)
+    raise SystemExit(f"the loads are not checked after two minutes:\n{server.log.read_text()}")
+
+
 def invoke(server: Server, name: str) -> None:
     """One call, alone; ends the benchmark with what the server said when it fails."""
     request = urllib.request.Request(
