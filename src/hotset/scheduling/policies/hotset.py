@@ -159,10 +159,7 @@ class Hotset:
             if gpu is None:
                 outlook = cluster.prices.outlook(entry.model, next(iter(cluster.idle)), now_s)
                 load = self._cheapest_load(cluster, outlook, now_s)
-                if load is not None:
-                    gpu = load.gpu
-                elif not cluster.queues.sparing:
-                    gpu = cluster.first_idle(entry.model)
+                gpu = load.gpu if load is not None else cluster.first_idle(entry.model)
             if gpu is not None:
                 return Placement(entry, gpu, Rule.OLDEST_FIRST)
         return None
