@@ -265,14 +265,17 @@ class TestMemory:
 
     def test_nothing_is_loaded_ahead_for_a_flood(self):
         config = SchedulerConfig(overlap=True)
-        world = World("hotset", eviction="hotset", models=("a", "b", "z"), gpus=(1.0,), config=config)
+        world = World("hotset", eviction="hotset", models=("a", "b", "z"), gpus=(2.0,), config=config)
         world.arrive("a", caller="quiet")
         world.drain()
         world.arrive("a", caller="quiet")
-        loads = world.scheduler.prefetches
         for _ in range(20):
-            world.arrive("z", caller="flood")
-        assert world.scheduler.prefetches - loads <= 1, "but before there was a crowd"
+            world.arrive("a", caller="flood")
+        before = world.scheduler.prefetches
+        world.arrive("z", caller="flood")
+        assert world.scheduler.prefetches == before, "there is a crowd, and it is beyond his share"
+        world.arrive("b", caller="another")
+        assert world.scheduler.prefetches == before + 1
 
     def test_what_a_flood_asks_for_beyond_its_share_is_not_expected_of_it_again(self):
         world = hot("hotset", "ab")
