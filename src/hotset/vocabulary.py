@@ -78,6 +78,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     inference_s: float | None = None
     restore_s: float | None = None
     """From WARM to HOT."""
+    reload_s: float | None = None
+    """A load on a node that has the model, HOT or WARM, on another GPU: its host memory has the weights (LIMITS 3)."""
     sizes_bytes: tuple[int, ...] = ()
     """GPU memory that its newest loads took, oldest first."""
 

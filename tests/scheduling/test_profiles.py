@@ -30,6 +30,18 @@ def test_what_nobody_declared_is_guessed_from_other_models():
     assert profiles.inference_s("a", "h100", 3) == pytest.approx(1.5)
 
 
+def test_a_load_from_host_memory_is_another_one():
+    profiles = Profiles()
+    profiles.add(model("a", load_s=3.0))
+    assert profiles.load_s("a", "h100", near=True) == 3.0, "none was seen yet"
+    profiles.observe_load("a", "h100", 0.1, near=True)
+    assert (profiles.load_s("a", "h100", near=True), profiles.load_s("a", "h100")) == (0.1, 3.0)
+    assert profiles.reload_s("a", "h100") == 0.1
+    assert profiles.reload_s("a", "t4") is None
+    profiles.remove("a")
+    assert profiles.reload_s("a", "h100") is None
+
+
 def test_an_average_is_exact_at_first_and_follows_later():
     average = Average(None)
     for value in (1.0, 2.0, 6.0):

@@ -13,7 +13,7 @@ from hotset.scheduling.events import ProcessLost
 from hotset.scheduling.eviction.lru import Lru
 from hotset.scheduling.parking import ParkedSize
 from hotset.scheduling.policies import POLICIES
-from hotset.vocabulary import FailureKind, Profile, Residency
+from hotset.vocabulary import FailureKind, Model, Profile, Residency
 
 
 def warm(policy: str = "lalb", *, host_gib: float = 8.0, gpus: tuple[float, ...] = (2.0,), **others: object) -> World:
@@ -237,6 +237,79 @@ class TestResidue:
             world.sizes[name] = world.scheduler.cache._sizes[name] = ParkedSize(GIB // 4, GIB)
         world.arrive("c")
         assert moves(world)[2:] == [(Unload, "b"), (Unload, "a"), (Load, "c")]
+
+
+class TestNear:
+    """A model that another GPU of the node has is loaded from the node's host memory: in 0.5 s, if so declared."""
+
+    def world(self, host_gib: float = 8.0, **profile: float) -> World:
+        """``a`` is HOT on g0, and nothing is on g1."""
+        world = warm("lb", host_gib=host_gib, gpus=(1.0, 1.0))
+        for name in "ab":
+            world.add(Model(name=name, memory_bytes=GIB, profile=Profile(load_s=4.0, inference_s=1.0, **profile)))
+        return served(world, "a")
+
+    def load_s(self, world: World, gpu_id: str, name: str = "a") -> float:
+        cluster = world.scheduler.cluster
+        return cluster.load_s(name, cluster.gpus[gpu_id])
+
+    def test_while_it_is_hot_or_warm_there(self):
+        world = self.world(reload_s=0.5)
+        assert (self.load_s(world, "g1"), self.load_s(world, "g1", "b")) == (0.5, 4.0)
+        served(served(world, "b", "g1"), "c")
+        assert world.parked("g0") == ["a"]
+        assert self.load_s(world, "g1") == 0.5
+        world.process_dies("g0", "a")
+        assert self.load_s(world, "g1") == 4.0
+
+    def test_not_while_it_is_only_loaded_there_nor_on_another_node(self):
+        world = self.world(reload_s=0.5)
+        world.arrive("b")
+        world.now_s += 1.0
+        (loading,) = (gpu_id for gpu_id in world.devices if world.doing(gpu_id) == "loading b")
+        assert self.load_s(world, "g0" if loading == "g1" else "g1", "b") == 4.0
+        world.join(1.0, gpu_id="far", node="far")
+        assert self.load_s(world, "far") == 4.0
+
+    def test_not_where_no_host_memory_is_accounted_for(self):
+        assert self.load_s(self.world(0.0, reload_s=0.5), "g1") == 4.0
+
+    def test_what_it_takes_is_learned_apart(self):
+        world = self.world()
+        assert self.load_s(world, "g1") == 4.0, "none was seen yet"
+        world.arrive("a")
+        world.arrive("a")
+        world.loaded("g1", load_s=0.25)
+        profiles = world.scheduler.profiles
+        assert (profiles.load_s("a", "virtual", near=True), profiles.load_s("a", "virtual")) == (0.25, 4.0)
+
+    def test_one_that_is_quickly_loaded_again_is_not_parked_unless_it_is_the_last(self):
+        world = self.world(restore_s=0.3, reload_s=0.2)
+        world.arrive("a")
+        world.arrive("a")
+        world.loaded("g1", load_s=0.2)
+        world.drain()
+        world.arrive("b")
+        world.drain()
+        assert moves(world)[-2:] == [(Unload, "a"), (Load, "b")]
+        world.arrive("b")
+        world.arrive("c")
+        world.drain()
+        assert (Offload, "a") in moves(world), "its weights would have left the node"
+
+    def test_what_losing_a_copy_costs_depends_on_who_else_has_it(self):
+        world = self.world(reload_s=0.2, restore_s=3.0)
+        prices, gpu = world.scheduler.cluster.prices, world.scheduler.cluster.gpus["g0"]
+        outlook = prices.outlook("a", gpu, world.now_s)
+        assert outlook.load_s == 0.2, "on another GPU, from host memory"
+        victim = [gpu.memory.residents["a"]]
+        back_s = min(4.0, outlook.parked_s)
+        assert prices.price_s(gpu, victim, world.now_s) == pytest.approx(outlook.wanted * back_s)
+        gpu.memory.host.used_bytes = gpu.memory.host.capacity_bytes
+        assert prices.price_s(gpu, victim, world.now_s) == pytest.approx(outlook.wanted * 4.0), "from disk"
+        gpu.memory.host.used_bytes = 0
+        world.process_dies("g0", "a")
+        assert prices.outlook("a", gpu, world.now_s).load_s == 4.0
 
 
 class TestFailures:

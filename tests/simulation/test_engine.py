@@ -12,9 +12,17 @@ from hotset.scheduling.policies import make_policy
 from hotset.scheduling.scheduler import Scheduler
 from hotset.simulation.engine import Engine, Fault
 from hotset.simulation.experiment import ClusterSpec
-from hotset.simulation.hardware import PAPER_GPU_MEMORY_BYTES, Hardware, ModelCost, make_gpus, paper_costs
+from hotset.simulation.hardware import (
+    PAPER_GPU_MEMORY_BYTES,
+    RELOAD_FIXED_S,
+    Hardware,
+    ModelCost,
+    make_gpus,
+    paper_costs,
+)
 from hotset.simulation.metrics import RunMetrics
 from hotset.simulation.workloads import Arrival, Popularity, Process, Synthetic
+from hotset.vocabulary import Gpu
 
 COST = ModelCost(memory_bytes=1, load_s=4.0, inference_s=1.0)
 
@@ -229,6 +237,26 @@ class TestTiers:
         assert metrics.makespan_s == 4.5 + 4.0 + 1.0
         assert (metrics.prefetches, metrics.useless_prefetches) == (1, 0)
 
+    def test_a_load_is_shorter_where_another_gpu_of_the_node_has_the_model(self):
+        cost = msgspec.structs.replace(self.cost, reload_s=1.0)
+        gpus = [*make_gpus(2, 1), Gpu(gpu_id="far/gpu:0", memory_bytes=1, node="far")]
+        arrivals = (0.0, "a"), (5.0, "a"), (5.0, "a"), (5.0, "a")
+        for host_bytes, far, loads in (9, 1, (4.0, 1.0)), (9, 2, (4.0, 1.0, 4.0)), (0, 1, (4.0, 4.0)):
+            hardware = Hardware(gpus=gpus[: far + 1], costs={"a": cost if host_bytes else self.cost})
+            config = SchedulerConfig(host_memory_bytes=host_bytes)
+            simulator = Engine(Scheduler(make_policy("lb"), make_eviction("lru"), config), hardware)
+            metrics = play(simulator, *arrivals[: far + 2])
+            assert metrics.mean_load_s * metrics.requests == pytest.approx(sum(loads))
+
+    def test_a_load_is_as_long_as_ever_once_nobody_has_the_model(self):
+        cost = msgspec.structs.replace(self.cost, reload_s=1.0)
+        fault = Fault(8.0, "sim/gpu:0", back_s=9.0)
+        hardware = Hardware(gpus=make_gpus(2, 1), costs={"a": cost})
+        config = SchedulerConfig(host_memory_bytes=9)
+        simulator = Engine(Scheduler(make_policy("lb"), make_eviction("lru"), config), hardware, [fault])
+        metrics = play(simulator, (0.0, "a"), (10.0, "a"))
+        assert metrics.mean_load_s == 4.0
+
     def test_a_lost_gpu_forgets_what_was_parked_for_it(self):
         fault = Fault(20.0, "sim/gpu:0", back_s=21.0)
         metrics = play(self.engine(fault, host_memory_bytes=9), (0.0, "a"), (10.0, "b"), (30.0, "a"))
@@ -258,6 +286,7 @@ def test_a_cluster_with_host_memory_knows_what_copies_take():
     cluster = ClusterSpec(gpus=1, gpu_memory_bytes=100, host_memory_bytes=50, copy_bytes_per_s=20.0, models=COST)
     (cost,) = cluster.hardware(["a"], 0).costs.values()
     assert (cost.restore_s, cost.offload_s) == (0.05, 0.05)
+    assert cost.reload_s == pytest.approx(0.05 + RELOAD_FIXED_S)
     known = msgspec.structs.replace(COST, restore_s=3.0)
     (cost,) = msgspec.structs.replace(cluster, models=known).hardware(["a"], 0).costs.values()
     assert cost.restore_s == 3.0

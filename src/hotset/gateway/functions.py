@@ -58,6 +58,7 @@ class Version:
         return Profile(
             load_s=profiles.load_s(self.model, kind),
             restore_s=profiles.restore_s(self.model, kind) if known.restores else None,
+            reload_s=profiles.reload_s(self.model, kind),
             inference_s=profiles.inference_s(self.model, kind),
             sizes_bytes=profiles.footprints[self.model].sizes_bytes,
         )

@@ -121,6 +121,7 @@ def learned(control: Control) -> list[ProfileRecord]:
                     loads=known.loads,
                     restore_s=profiles.restore_s(version.model, kind) if restored else None,
                     restores=known.restores,
+                    reload_s=profiles.reload_s(version.model, kind),
                     inference_s=profiles.inference_s(version.model, kind) if ran else None,
                     runs=known.runs,
                     memory_bytes=max(sizes_bytes, default=None),

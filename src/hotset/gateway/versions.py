@@ -180,6 +180,7 @@ def version_spec(
             profile=Profile(
                 load_s=next((each.load_s for each in known if each.load_s is not None), None),
                 restore_s=next((each.restore_s for each in known if each.restore_s is not None), None),
+                reload_s=next((each.reload_s for each in known if each.reload_s is not None), None),
                 inference_s=next((each.inference_s for each in known if each.inference_s is not None), None),
                 sizes_bytes=max((each.sizes_bytes for each in known), key=len, default=()),
             ),

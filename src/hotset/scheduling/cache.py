@@ -34,6 +34,7 @@ class Resident:
         "loaded_s",
         "memory_bytes",
         "model",
+        "near",
         "payer",
         "pinned",
         "state",
@@ -46,6 +47,8 @@ class Resident:
         self.state = Residency.LOADING
         self.in_use = False
         """Loading or running: never a victim."""
+        self.near = False
+        """Its weights were in the node's host memory when its load began."""
         self.payer: Entry | None = None
         """The request that it was loaded or restored for; None once that is done and paid for."""
         self.pinned = False
@@ -197,6 +200,23 @@ class CacheManager:
         """GPU ids where the model is WARM, in the order it was parked there."""
         return self._parked_on.get(model, ())
 
+    def is_near(self, model: str, here: GpuMemory | None = None) -> bool:
+        """Whether a load of the model finds its weights in host memory: another GPU of that one's node has it, HOT or
+        WARM, and GPUs of a node share the pages of what one of them has read. Without ``here``: whether any GPU has it.
+
+        False while no host memory is accounted for. Linear in the model's copies.
+        """
+        if not self.host_memory_bytes:
+            return False
+        for gpu_id in (*self.parked_on(model), *self.holders(model)):
+            memory = self._memories[gpu_id]
+            resident = memory.residents.get(model)
+            if (resident is None or resident.state is Residency.HOT) and (
+                here is None or (memory.host is here.host and memory is not here)
+            ):
+                return True
+        return False
+
     def residue_bytes(self, model: str) -> int:
         """GPU memory that the model's process holds while it is parked, as last measured; 0 before it ever was."""
         size = self._sizes.get(model)
@@ -276,7 +296,7 @@ class CacheManager:
         cluster = self.eviction.cluster
         profiles, kind = cluster.profiles, cluster.gpus[memory.gpu_id].kind
         back_s = profiles.offload_s(victim.model, kind) + profiles.restore_s(victim.model, kind)
-        return back_s < profiles.load_s(victim.model, kind)
+        return back_s < profiles.load_s(victim.model, kind, near=self.is_near(victim.model, memory))
 
     def _host_room(
         self, host: HostMemory, victim: Resident, missing: int, gone: list[Resident], own: Resident | None

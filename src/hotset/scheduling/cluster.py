@@ -233,9 +233,10 @@ class Cluster:
 
     def load_s(self, model: str, gpu: GpuState) -> float:
         """Expected seconds until the model is HOT on that GPU: of a restore where it is WARM there, else of a load."""
-        if gpu.memory.parked and model in gpu.memory.parked:
+        memory = gpu.memory
+        if memory.parked and model in memory.parked:
             return self.profiles.restore_s(model, gpu.kind)
-        return self.profiles.load_s(model, gpu.kind)
+        return self.profiles.load_s(model, gpu.kind, near=self.cache.is_near(model, memory))
 
     def inference_s(self, model: str, gpu: GpuState, batch: int = 1) -> float:
         """Expected seconds of one run of that many requests there."""
@@ -260,6 +261,14 @@ class Cluster:
         self.models[model.name] = model
         self.profiles.add(model)
         self._size(model.name)
+
+    def forget_model(self, name: str) -> None:
+        """The last traces of a model that no GPU has any more."""
+        self.models.pop(name, None)
+        self.profiles.remove(name)
+        self.cache.forget(name)
+        self.rates.forget(name)
+        self.prices.forget(name)
 
     def learn_memory(self, name: str, memory_bytes: int, *, again: bool = False) -> bool:
         """A model was measured to take this, ``again`` after a restore. Returns whether that is news."""
@@ -365,4 +374,7 @@ class Cluster:
     def drop_resident(self, gpu: GpuState, model: str) -> Resident:
         """The model left this GPU's memory."""
         self._holders.dropped(gpu, model)
-        return self.cache.drop(gpu.memory, model)
+        resident = self.cache.drop(gpu.memory, model)
+        if self.cache.host_memory_bytes:
+            self.prices.moved(model)
+        return resident

@@ -46,9 +46,10 @@ class Outlook(msgspec.Struct, gc=False):
     per_s: float
     """Requests expected per second."""
     load_s: float
+    """From host memory, if some GPU's node has it there already."""
     run_s: float
-    back_s: float
-    """What leaving a GPU and coming back would take: less than a load where it would be parked meanwhile."""
+    parked_s: float
+    """What leaving a GPU for host memory and coming back would take; infinite where there is none."""
     wanted: float
     """How likely somebody asks for it within the horizon, 0 to 1."""
     batches: bool
@@ -107,10 +108,11 @@ class Prices:
         """The model is gone."""
         self.known.pop(model, None)
 
-    def loaded(self, model: str) -> None:
-        """Its load was measured: what was expected of the model may hold no more."""
+    def moved(self, model: str) -> None:
+        """Its load was measured, or its weights came to host memory, or left it: what was expected may hold no more."""
         outlook = self.known.get(model)
-        if outlook is not None and outlook.load_s != self._cluster.profiles.load_s(model, outlook.kind):
+        near = self._cache.is_near(model)
+        if outlook is not None and outlook.load_s != self._cluster.profiles.load_s(model, outlook.kind, near=near):
             del self.known[model]
 
     def arrived(self, model: str, now_s: float) -> None:
@@ -134,18 +136,19 @@ class Prices:
 
     def _look_out(self, model: str, kind: str, now_s: float) -> Outlook:
         profiles, rates = self._cluster.profiles, self._rates
-        per_s, load_s = rates.per_s(model, now_s), profiles.load_s(model, kind)
+        near = self._cache.is_near(model)
+        per_s, load_s = rates.per_s(model, now_s), profiles.load_s(model, kind, near=near)
         expected = per_s * HORIZON_LOADS * profiles.typical_load_s()
-        back_s = load_s
+        parked_s = math.inf
         if self._cache.host_memory_bytes:
-            back_s = min(load_s, profiles.offload_s(model, kind) + profiles.restore_s(model, kind))
+            parked_s = profiles.offload_s(model, kind) + profiles.restore_s(model, kind)
         outlook = self.known[model] = Outlook(
             model,
             kind,
             per_s,
             load_s,
             profiles.inference_s(model, kind),
-            back_s,
+            parked_s,
             expected / (1.0 + expected),
             self._cluster.models[model].max_batch > 1,
             now_s + FRESH_SHARE * rates.history_s(now_s),
@@ -260,9 +263,9 @@ class Prices:
     def _loss_s(self, gpu: GpuState, model: str, now_s: float) -> float:
         """The last copy: the next request pays a load, if it comes within the horizon. Another: more waiting."""
         outlook = self.outlook(model, gpu, now_s)
-        copies, back_s = outlook.copies, outlook.back_s
-        if back_s < outlook.load_s and gpu.memory.host.free_bytes < gpu.memory.residents[model].memory_bytes:
-            back_s = outlook.load_s  # a parked one would have to go for it
+        copies, back_s = outlook.copies, outlook.load_s
+        if self._cache.host_memory_bytes:
+            back_s = self._back_s(gpu, outlook)
         if copies == 1:
             return outlook.wanted * back_s
         if copies > MANY_COPIES:
@@ -271,6 +274,16 @@ class Prices:
         with_it = without * self.utilisation(gpu, now_s)
         saved_s = self._runs_s(outlook) * (without / (copies - 1) - with_it / copies)
         return min(saved_s, back_s)
+
+    def _back_s(self, gpu: GpuState, outlook: Outlook) -> float:
+        """Seconds until a model that leaves this GPU would be back: a load, from host memory if another GPU has it, or
+        a restore, unless a parked model had to go for it."""
+        model, memory = outlook.model, gpu.memory
+        near = self._cache.is_near(model, memory)
+        load_s = self._cluster.profiles.load_s(model, outlook.kind, near=near)
+        return (
+            load_s if memory.host.free_bytes < memory.residents[model].memory_bytes else min(load_s, outlook.parked_s)
+        )
 
     def _runs_s(self, outlook: Outlook) -> float:
         """Seconds of running expected of a model within a copy's horizon."""
@@ -300,13 +313,13 @@ class Prices:
 
     def _rank(self, gpu: GpuState, now_s: float) -> list[PricedResident]:
         """The GPU's residents that may be lost, cheapest to lose first."""
-        ranked: list[PricedResident] = []
+        ranked, parks = list[PricedResident](), self._cache.host_memory_bytes > 0
         for model, resident in gpu.memory.residents.items():
             if not resident.pinned:
                 outlook = self.outlook(model, gpu, now_s)
-                copies, back_s = outlook.copies, outlook.back_s
-                if copies == 1 and back_s == outlook.load_s:
-                    price_s = outlook.wanted * back_s
+                copies = outlook.copies
+                if copies == 1 and not parks:
+                    price_s = outlook.wanted * outlook.load_s
                 else:
                     price_s = self._loss_s(gpu, model, now_s)
                 ranked.append(PricedResident(price_s, resident, copies))

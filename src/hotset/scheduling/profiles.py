@@ -167,6 +167,7 @@ class Profiles:
 
     def __init__(self) -> None:
         self._loads: dict[tuple[str, str], Typical] = {}
+        self._reloads: dict[tuple[str, str], Typical] = {}
         self._restores: dict[tuple[str, str], Average] = {}
         self._offloads: dict[tuple[str, str], Average] = {}
         self._runs: dict[tuple[str, str], BatchLine] = {}
@@ -189,16 +190,23 @@ class Profiles:
         self._models.pop(name, None)
         self.least.pop(name, None)
         self.footprints.pop(name, None)
-        for table in (self._loads, self._restores, self._offloads, self._runs):
+        for table in (self._loads, self._reloads, self._restores, self._offloads, self._runs):
             for key in [key for key in table if key[0] == name]:
                 del table[key]
 
-    def load_s(self, model: str, kind: str) -> float:
-        """Expected seconds to load the model on a GPU of this kind."""
+    def load_s(self, model: str, kind: str, *, near: bool = False) -> float:
+        """Expected seconds to load the model on a GPU of this kind. ``near``: while its node has the model on another
+        GPU, so that its weights are in host memory; as any load, until one like that was seen."""
+        if near and (again_s := self.reload_s(model, kind)) is not None:
+            return again_s
         known = self._loads.get((model, kind)) or self._load(model, kind)
         if known.value is not None:
             return known.value
         return self.typical_load_s()
+
+    def reload_s(self, model: str, kind: str) -> float | None:
+        """Expected seconds of a load whose weights are in host memory; None: not declared, and none was seen."""
+        return (self._reloads.get((model, kind)) or self._reload(model, kind)).value
 
     def restore_s(self, model: str, kind: str) -> float:
         """Expected seconds from WARM to HOT."""
@@ -236,8 +244,9 @@ class Profiles:
         """Seconds of a load of no model in particular."""
         return self._any_load.value if self._any_load.value is not None else DEFAULT_LOAD_S
 
-    def observe_load(self, model: str, kind: str, seconds: float) -> None:
-        (self._loads.get((model, kind)) or self._load(model, kind)).observe(seconds)
+    def observe_load(self, model: str, kind: str, seconds: float, *, near: bool = False) -> None:
+        table, begin = (self._reloads, self._reload) if near else (self._loads, self._load)
+        (table.get((model, kind)) or begin(model, kind)).observe(seconds)
         self._any_load.observe(seconds)
         if model in self.least:
             self.least[model].observe_load(seconds)
@@ -269,6 +278,11 @@ class Profiles:
     def _load(self, model: str, kind: str) -> Typical:
         declared = self._models.get(model)
         typical = self._loads[model, kind] = Typical(declared.profile.load_s if declared else None)
+        return typical
+
+    def _reload(self, model: str, kind: str) -> Typical:
+        declared = self._models.get(model)
+        typical = self._reloads[model, kind] = Typical(declared.profile.reload_s if declared else None)
         return typical
 
     def _run(self, model: str, kind: str) -> BatchLine:

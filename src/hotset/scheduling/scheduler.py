@@ -310,8 +310,9 @@ class Scheduler:
 
     def _model_loaded(self, event: ModelLoaded, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
-        self.profiles.observe_load(event.model, gpu.kind, event.load_s)
-        self.cluster.prices.loaded(event.model)
+        resident = gpu.memory.residents.get(event.model)
+        near = resident is not None and resident.near
+        self.profiles.observe_load(event.model, gpu.kind, event.load_s, near=near)
         self._became_hot(gpu, event, event.load_s, now_s)
 
     def _model_restored(self, event: ModelRestored, now_s: float) -> None:
@@ -324,6 +325,7 @@ class Scheduler:
         model = event.model
         work = None if gpu.memory.copying == model else self._work_of(gpu, model)
         resident = self.cache.loaded(gpu.memory, model, event.memory_bytes)
+        self.cluster.prices.moved(model)
         self._queues.loaded(resident, load_s, now_s)
         if event.memory_bytes is not None:
             self._measured(model, resident.memory_bytes, now_s, again=type(event) is ModelRestored)
@@ -484,13 +486,9 @@ class Scheduler:
         """Drop the last traces of a removed model once no GPU has it."""
         if name in self.cluster.removed and not self.cache.copies(name):
             self.cluster.removed.discard(name)
-            self.cluster.models.pop(name, None)
-            self.profiles.remove(name)
-            self.cache.forget(name)
-            self.cluster.rates.forget(name)
+            self.cluster.forget_model(name)
             if self._recurrence is not None:
                 self._recurrence.forget(name)
-            self.cluster.prices.forget(name)
             self.quarantine.succeeded(name)
 
     def _note(self, entry: Entry, gpu: GpuState, rule: Rule, room: Room | None, now_s: float) -> None:

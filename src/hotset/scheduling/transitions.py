@@ -27,7 +27,7 @@ class Transitions:
         cluster, cache, memory = self._cluster, self._cache, gpu.memory
         for parked in room.forgotten:
             self.forget(cluster.gpus[memory.host.parked[parked].gpu_id], parked.model)
-        load_s = cluster.load_s(model, gpu)
+        load_s, near = cluster.load_s(model, gpu), cache.is_near(model, memory)
         if room.victims:
             cluster.thrash.swapped(load_s, now_s)
         for victim in room.victims:
@@ -47,7 +47,7 @@ class Transitions:
         else:
             self._outbox.actions.append(Load(gpu.gpu_id, model, request_id, cache.copies(model) > 0))
         resident = cache.reserve(memory, model, cluster.models[model].memory_bytes, now_s)
-        resident.in_use, resident.payer = True, payer
+        resident.in_use, resident.payer, resident.near = True, payer, near
         return expected_s + load_s
 
     def unload(self, gpu: GpuState, model: str) -> None:
@@ -58,4 +58,5 @@ class Transitions:
     def forget(self, gpu: GpuState, model: str) -> None:
         """WARM -> COLD."""
         self._cache.unpark(gpu.memory, model)
+        self._cluster.prices.moved(model)
         self._outbox.actions.append(Unload(gpu.gpu_id, model))

@@ -85,6 +85,8 @@ class Engine:
         """GPU id -> when its copy lane is free."""
         self._parked: set[tuple[str, str]] = set()
         """GPU id and model: what is in host memory."""
+        self._places: dict[str, set[str]] = {}
+        """Model -> GPU ids where it is in GPU or host memory, all of it."""
         self._run_ends_s: dict[str, float] = {}
         """GPU id -> when its newest run ends."""
         self._timed = scheduler.config.prefetch_recurring or any(
@@ -166,7 +168,9 @@ class Engine:
             gpu_id: str = event.gpu_id  # type: ignore[attr-defined]
             if self._void_until and number <= self._void_until.get(gpu_id, 0):
                 return
-            if kind is RunFinished:
+            if kind is ModelLoaded:
+                self._places.setdefault(event.model, set()).add(gpu_id)  # type: ignore[attr-defined]
+            elif kind is RunFinished:
                 now_s, opened, recorder = self.now_s, self._open, self.recorder
                 for request_id in self._runs[gpu_id]:
                     arrival = opened.pop(request_id)
@@ -183,6 +187,8 @@ class Engine:
         self.recorder.inference_s -= unrun_s * len(self._runs.get(gpu_id, ()))
         self.recorder.load_s -= max(self._copying_until_s.pop(gpu_id, 0.0) - self.now_s, 0.0)
         self._parked = {place for place in self._parked if place[0] != gpu_id}
+        for gpu_ids in self._places.values():
+            gpu_ids.discard(gpu_id)
         for model in self.scheduler.cache.memory(gpu_id).residents:
             self.recorder.tallies[model].change_copies(-1, self.now_s)
 
@@ -197,13 +203,14 @@ class Engine:
                 self._run_ends_s[action.gpu_id] = end_s = now_s + inference_s
                 self._schedule(end_s, RunFinished(action.gpu_id, action.model, inference_s))
             elif type(action) is Load:
-                load_s = self.costs[action.model].load_s * self._load_pace(now_s)
+                load_s = self._load_s(action) * self._load_pace(now_s)
                 recorder.misses += action.request_id is not None  # else a copy that is kept without being asked for
                 recorder.false_misses += action.false_miss
                 recorder.tallies[action.model].change_copies(1, now_s)
                 self._copy(action.gpu_id, load_s, ModelLoaded(action.gpu_id, action.model, load_s))
             elif type(action) is Unload:
                 recorder.evictions += 1
+                self._places.get(action.model, set()).discard(action.gpu_id)
                 if (action.gpu_id, action.model) in self._parked:
                     self._parked.remove((action.gpu_id, action.model))
                 else:
@@ -221,6 +228,15 @@ class Engine:
             if wakeup_s is not None and wakeup_s < self._wakeup_s:
                 self._wakeup_s = wakeup_s
                 self._schedule(wakeup_s, TimeAdvanced())
+
+    def _load_s(self, action: Load) -> float:
+        """From the node's host memory, if another of its GPUs has the model, or it is parked for one."""
+        cost, gpus = self.costs[action.model], self.gpus
+        if cost.reload_s is not None:
+            node = gpus[action.gpu_id].node
+            if any(gpus[gpu_id].node == node for gpu_id in self._places.get(action.model, ())):
+                return cost.reload_s
+        return cost.load_s
 
     def _restore(self, action: Restore) -> None:
         gpu_id, model, cost = action.gpu_id, action.model, self.costs[action.model]

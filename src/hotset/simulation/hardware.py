@@ -36,6 +36,8 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     """Most GPUs that hold it at once; None: as many as it pays."""
     restore_s: float | None = None
     """From host memory; None: ``copied`` has not been asked, and it takes as long as a load."""
+    reload_s: float | None = None
+    """A load on a node that has the model on another GPU; None: as any load."""
     offload_s: float = 0.0
     """To host memory."""
     residue_bytes: int = 0
@@ -75,6 +77,9 @@ PAPER_MODELS: Mapping[str, ModelCost] = {
 }
 COPY_BYTES_PER_S = 24e9
 """Between pinned host memory and a GPU: PCIe 4.0 x16, of whose 31.5 GB/s about three quarters are reached."""
+RELOAD_FIXED_S = 0.03
+"""Of a load whose weights are in host memory: a process from the pool, the function's own code, the first use of the
+GPU. On virtual GPUs it is 12.6 ms (docs/residency.md, a miss); on CUDA it was not measured."""
 PAPER_GPUS = 12
 PAPER_GPU_MEMORY_BYTES = 7800 * MIB
 
@@ -95,7 +100,12 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
                 max_batch_wait_s=cost.max_batch_wait_s,
                 min_copies=cost.min_copies,
                 max_copies=cost.max_copies,
-                profile=Profile(load_s=cost.load_s, inference_s=cost.inference_s, restore_s=cost.restore_s),
+                profile=Profile(
+                    load_s=cost.load_s,
+                    inference_s=cost.inference_s,
+                    restore_s=cost.restore_s,
+                    reload_s=cost.reload_s,
+                ),
             )
             for name, cost in self.costs.items()
         ]
@@ -138,7 +148,8 @@ def copied(cost: ModelCost, bandwidth_bytes_per_s: float) -> ModelCost:
     if cost.restore_s is not None:
         return cost
     copy_s = cost.memory_bytes / bandwidth_bytes_per_s
-    return msgspec.structs.replace(cost, restore_s=copy_s, offload_s=copy_s)
+    reload_s = min(cost.load_s, RELOAD_FIXED_S + copy_s)
+    return msgspec.structs.replace(cost, restore_s=copy_s, reload_s=reload_s, offload_s=copy_s)
 
 
 def batching(cost: ModelCost, max_batch: int, marginal: float, wait_s: float = 0.0) -> ModelCost:

@@ -132,6 +132,8 @@ class ProfileRecord(msgspec.Struct, frozen=True, kw_only=True):
     restore_s: float | None = None
     """Mean of its restores."""
     restores: int = 0
+    reload_s: float | None = None
+    """Of its loads that found the weights in host memory."""
     inference_s: float | None = None
     """Mean of its runs, for one request."""
     runs: int = 0
