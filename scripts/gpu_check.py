@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 import pynvml  # type: ignore[import-untyped]
 import uvloop
-from gpu_checks import copies, faults, memory, policies
+from gpu_checks import contexts, copies, faults, memory, policies
 from gpu_checks.record import Check, Findings, Outcome, Record, Unavailable
 from gpu_checks.setup import LAYER_MIB, Setup
 from rich.console import Console
@@ -52,6 +52,7 @@ CHECKS: Mapping[str, Check] = {
     "sticky error": faults.sticky_error,
     "retry": policies.retried,
     "zygote": faults.zygote,
+    "contexts": contexts.contexts,
     "isolation": faults.isolation,
     "locality": policies.locality,
     "onnx": memory.onnx,

@@ -32,6 +32,7 @@ LAYER_MIB = 4
 CALL_LIMIT_S = 40.0
 GONE_WITHIN_S = 10.0
 ZYGOTE_WITHIN_S = 40.0
+WAITS_WITHIN_S = 20.0
 STOPPED_WITHIN_S = 15.0
 POOL_SIZE = 1
 FRAMEWORKS = ("torch", "safetensors", "safetensors.torch", "numpy")
@@ -165,25 +166,43 @@ class Setup:
         )
 
     def local_node(
-        self, *, gpus: int = 1, memory_bytes: int | None = None, source: ProcessSource | None = None
+        self,
+        *,
+        gpus: int = 1,
+        memory_bytes: int | None = None,
+        source: ProcessSource | None = None,
+        pool_contexts: int = 0,
     ) -> LocalNode:
         """``gpus`` counts on virtual GPUs only; ``memory_bytes``: by default all there is, or room for four models;
         ``source``: by default one that is kept from check to check."""
         if self.nvml is not None:
             nvml = Nvml(self._nvml_library)  # a node closes its own
-            return LocalNode(cuda=True, memory_bytes=memory_bytes, source=source or self.source, nvml=nvml)
+            return LocalNode(
+                cuda=True,
+                memory_bytes=memory_bytes,
+                source=source or self.source,
+                pool_contexts=pool_contexts,
+                nvml=nvml,
+            )
         memory_bytes = memory_bytes or 4 * self.model_bytes
         return LocalNode(virtual_gpus=gpus, memory_bytes=memory_bytes, source=source or self.source)
 
     @asynccontextmanager
     async def node(
-        self, *, gpus: int = 1, memory_bytes: int | None = None, source: ProcessSource | None = None
+        self,
+        *,
+        gpus: int = 1,
+        memory_bytes: int | None = None,
+        source: ProcessSource | None = None,
+        pool_contexts: int = 0,
     ) -> AsyncIterator[Driven]:
         """A started node, stopped at the end whatever happens."""
         self.need_torch()
         if source is None:
             await zygote_ready(self.source)
-        driven = Driven(self.local_node(gpus=gpus, memory_bytes=memory_bytes, source=source))
+        driven = Driven(
+            self.local_node(gpus=gpus, memory_bytes=memory_bytes, source=source, pool_contexts=pool_contexts)
+        )
         await driven.node.start(driven)
         try:
             yield driven
@@ -272,6 +291,16 @@ class Driven:
                 raise TimeoutError(f"process {pid} is there {GONE_WITHIN_S:g} s after its unload")
             await asyncio.sleep(0.002)
         return monotonic() - begin_s
+
+    async def until_waiting(self, spec: LaunchSpec, but: int | None = None) -> int:
+        """The process id of one that waits with the GPU open, and is not ``but``, once it is told of this model."""
+        self.node.prepare(spec)
+        deadline_s = monotonic() + WAITS_WITHIN_S
+        while not (pids := set(self.node.waiting_with(self.gpus[0].gpu_id)) - {but}):
+            if monotonic() > deadline_s:
+                raise TimeoutError(f"no process waits with the GPU open after {WAITS_WITHIN_S:g} s")
+            await asyncio.sleep(0.02)
+        return pids.pop()
 
     def report(self, spec: LaunchSpec, gpu: int = 0) -> ProcessReport:
         """What the node says of a resident model's process."""

@@ -13,11 +13,11 @@ from recording import MIB, STUB, Recorder, ask, launch, story
 
 from hotset.errors import NodeError
 from hotset.node import lane as lane_module
-from hotset.node.devices.cuda import RESERVE_BYTES, Nvml, cuda_devices
+from hotset.node.contexts import MOST_CONTEXT_BYTES
+from hotset.node.devices.cuda import CONTEXT_BYTES, RESERVE_BYTES, Nvml, cuda_devices
 from hotset.node.devices.device import Device
 from hotset.node.devices.virtual import virtual_devices
 from hotset.node.frames import Failed, Kind, control
-from hotset.node.lane import MOST_CONTEXT_BYTES
 from hotset.node.manager import LocalNode
 from hotset.node.spawner import Spawner
 from hotset.node.utilisation import BusyMeter
@@ -114,6 +114,19 @@ def test_cuda_devices_are_what_nvml_shows() -> None:
 def test_the_memory_of_a_cuda_device_can_be_set() -> None:
     (device,) = cuda_devices(Nvml(FakeNvml()), memory_bytes=10 * GIB)
     assert device.gpu.memory_bytes == 10 * GIB
+
+
+def test_memory_is_set_aside_for_processes_that_wait_with_a_context() -> None:
+    def usable_bytes(contexts: int, memory_bytes: int | None = None) -> int:
+        (device,) = cuda_devices(Nvml(FakeNvml()), memory_bytes=memory_bytes, contexts=contexts)
+        assert device.opens_ahead.memory_bytes == CONTEXT_BYTES
+        return device.gpu.memory_bytes
+
+    assert usable_bytes(2) == 78 * GIB - RESERVE_BYTES - 2 * CONTEXT_BYTES
+    # A figure that was given is what models may use, as long as the contexts find room beside it.
+    assert usable_bytes(2, 79 * GIB) == 79 * GIB
+    assert usable_bytes(2, 80 * GIB) == 80 * GIB - 2 * CONTEXT_BYTES
+    assert virtual_devices(1, memory_bytes=MIB)[0].opens_ahead is None
 
 
 @pytest.mark.parametrize(
@@ -249,6 +262,18 @@ async def test_a_node_of_cuda_gpus_believes_nvml_and_reports_a_lost_gpu(recorder
     finally:
         await node.stop()
     assert recorder.told == []
+
+
+@story
+async def test_a_node_sets_aside_what_its_waiting_processes_take(recorder: Recorder) -> None:
+    node = LocalNode(cuda=True, nvml=Nvml(FakeNvml()), source=Spawner(STUB), pool_contexts=2)
+    await node.start(recorder)
+    try:
+        (gpu,) = node.gpus
+        assert gpu.memory_bytes == 78 * GIB - RESERVE_BYTES - 2 * CONTEXT_BYTES
+        assert node.waiting_with(gpu.gpu_id) == []  # its processes come from no pool
+    finally:
+        await node.stop()
 
 
 @story

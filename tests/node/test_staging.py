@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from late_stream import LateStream
 
 from hotset.node.worker import staging
+from hotset.node.worker.context import open_cuda
 from hotset.node.worker.staging import Copy, CudaStream, StagingRing, dense, is_gpu, pieces, whole
 
 SMALL = 1024
@@ -180,6 +181,15 @@ class RecordingCuda:
         self.refuses = 0
         self.entered = False
 
+    def init(self) -> None:
+        self.calls.append("init")
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize all")
+
+    def empty_cache(self) -> None:
+        self.calls.append("empty_cache")
+
     def Stream(self) -> Any:
         return SimpleNamespace(
             wait_stream=lambda other: self.calls.append(f"side waits for {other.name}"),
@@ -221,6 +231,17 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> RecordingCuda:
     staging.process_ring.cache_clear()
     yield recording
     staging.process_ring.cache_clear()
+
+
+def test_a_gpu_is_opened_ahead_with_its_ring_and_without_memory_of_torchs(
+    cuda: RecordingCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: cuda.calls.append(f"zeros {size} on {device}"))
+    open_cuda()
+    registered = f"register {staging.BUFFERS * staging.BUFFER_BYTES}"
+    assert cuda.calls == ["init", "zeros (1,) on cuda", registered, "synchronize all", "empty_cache"]
+    assert staging.process_ring().pinned_bytes == staging.BUFFERS * staging.BUFFER_BYTES
+    assert cuda.calls[-1] == "empty_cache", "the load finds the ring"
 
 
 def test_copies_on_cuda_are_asynchronous_and_on_a_stream_of_their_own(

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy
 import pytest
 from recording import FUNCTIONS, MIB
 
-from hotset.node.frames import ANSWER_PREFIX, HEADER, Failed, Flag, Kind, LoadOrder, call_prefix, control
+from hotset.node.frames import ANSWER_PREFIX, HEADER, Failed, Flag, Kind, LoadOrder, OpenOrder, call_prefix, control
 from hotset.node.slots import create_arena
 from hotset.node.worker import loop, memory
 from hotset.node.worker.channel import Channel
@@ -120,6 +121,31 @@ def test_the_node_is_gone(desk: Desk) -> None:
 def test_bye_before_any_model(desk: Desk) -> None:
     assert desk.live() is Exit.BYE
     assert desk.said() == []
+
+
+def test_a_device_is_opened_before_the_model_is_known(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    monkeypatch.setattr(loop, "open_it", lambda: seen.append(os.environ.get("CUDA_VISIBLE_DEVICES")), raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    order = OpenOrder(opener="hotset.node.worker.loop:open_it", env={"CUDA_VISIBLE_DEVICES": "GPU-7"})
+    desk.socket.sendall(control(Kind.OPEN, order))
+    desk.load("Holder", limit_bytes=10 * MIB)
+    assert desk.live() is Exit.BYE
+    assert [frame.kind for frame in desk.said()] == [Kind.OPENED, Kind.LOADED]
+    assert seen == ["GPU-7"]
+
+
+def test_a_device_that_cannot_be_opened_ends_the_process(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_it() -> None:
+        raise RuntimeError("CUDA error: out of memory\nCompile with ...")
+
+    monkeypatch.setattr(loop, "open_it", open_it, raising=False)
+    desk.socket.sendall(control(Kind.OPEN, OpenOrder(opener="hotset.node.worker.loop:open_it")))
+    assert desk.live() is Exit.DEVICE_FAILED
+    (failed,) = desk.said()
+    assert msgspec.msgpack.decode(failed.payload, type=Failed) == Failed(
+        kind=FailureKind.OUT_OF_MEMORY, reason="RuntimeError: CUDA error: out of memory"
+    )
 
 
 def test_a_load_that_does_not_fit_says_what_it_takes(desk: Desk) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import gpu_check
 import pytest
 import torch
-from gpu_checks import copies, memory
+from gpu_checks import contexts, copies, memory
 from gpu_checks import setup as checks_setup
 from gpu_checks.record import Check, Findings, Outcome, Record, Unavailable
 from gpu_checks.setup import Loaded, Parked, Setup
@@ -76,13 +76,17 @@ class FakeNvml:
 class ScriptedNode:
     """Answers what it was told to."""
 
-    def __init__(self, answers: dict[str, dict[str, Any]], memory_mib: float) -> None:
+    def __init__(self, answers: dict[str, dict[str, Any]], memory_mib: float, load_s: float) -> None:
         self.answers = answers
+        self.load_s = load_s
         self.memory_bytes = int(memory_mib * MIB)
         self.node = SimpleNamespace(processes=list)
 
     async def load(self, spec: Any) -> Loaded:
-        return Loaded(0.5, self.memory_bytes)
+        return Loaded(self.load_s, self.memory_bytes)
+
+    async def until_waiting(self, spec: Any, but: int | None = None) -> int:
+        return 4712 if but == 4711 else 4711
 
     async def ask(self, spec: Any, what: str, value: float = 0.0) -> dict[str, Any]:
         return self.answers[what]
@@ -109,8 +113,10 @@ def on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
     def run(check: Check, nvml: FakeNvml, memory_mib: float = 600.0, **answers: dict[str, Any]) -> Record:
         @asynccontextmanager
-        async def node(self: Setup, memory_bytes: int | None = None) -> AsyncIterator[ScriptedNode]:
-            yield ScriptedNode(answers, memory_mib)
+        async def node(
+            self: Setup, memory_bytes: int | None = None, pool_contexts: int = 0
+        ) -> AsyncIterator[ScriptedNode]:
+            yield ScriptedNode(answers, memory_mib, 0.2 if pool_contexts else 0.5)
 
         monkeypatch.setattr(Setup, "node", node)
         setup = Setup(tmp_path, nvml_library=nvml, model_mib=256)
@@ -129,7 +135,7 @@ def test_the_checks_pass_on_virtual_gpus(monkeypatch: pytest.MonkeyPatch, capsys
     status = gpu_check.main(["--virtual", "--json", "--model-mib", "4", "--only", ",".join(names)])
     document = json.loads(capsys.readouterr().out)
     records = {record["name"]: record for record in document["checks"]}
-    needs_cuda = {"device", "allocator", "bandwidth", "staging", "overlap"}
+    needs_cuda = {"device", "allocator", "bandwidth", "staging", "overlap", "contexts"}
     assert {name for name, record in records.items() if record["outcome"] == "SKIP"} == needs_cuda
     assert [record for record in records.values() if record["outcome"] == "FAIL"] == []
     assert (status, document["virtual"], list(records)) == (0, True, names)
@@ -273,6 +279,49 @@ def test_a_models_figure_is_held_against_torch_and_the_device(on_a_gpu: Scripted
     assert "another PID namespace" in record.why
     record = on_a_gpu(memory.figures, FakeNvml(0, 100), memory_mib=100, device=SEEN)
     assert "the node counts less than the weights" in record.why
+
+
+def test_processes_that_wait_must_save_time_and_keep_to_what_is_set_aside(
+    on_a_gpu: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "SETTLED_WITHIN_S", 0.05)
+    library = FakeNvml(500, 900, 510)
+    library.processes = [SimpleNamespace(pid=4711, usedGpuMemory=396 * MIB), SimpleNamespace(pid=1, usedGpuMemory=None)]
+    record = on_a_gpu(contexts.contexts, library, scale={"value": 4.0})
+    assert (record.outcome, record.figures["waiting_mib"], record.figures["nvml_process_mib"]) == (
+        Outcome.PASS,
+        400,
+        396,
+    )
+    assert (record.figures["load_s"], record.figures["load_without_s"]) == (0.2, 0.5)
+    # Memory that is not given back, more of it than is set aside, and nothing gained.
+    original = ScriptedNode.__init__
+
+    def slow(self: ScriptedNode, answers: Any, memory_mib: float, load_s: float) -> None:
+        original(self, answers, memory_mib + 1000 * load_s, 1 - load_s)
+
+    monkeypatch.setattr(ScriptedNode, "__init__", slow)
+    monkeypatch.setattr(ScriptedNode, "report", lambda *_: SimpleNamespace(pid=1))
+    assert on_a_gpu(contexts.contexts, FakeNvml(500, 1100), scale={"value": 2.0}).why == (
+        "the load did not get the process that waited; the process that waited answers wrongly; "
+        "a load is no sooner there with the context open; a process that waits takes more than is set aside for it; "
+        "the model's size is another than without; 600 MiB did not come back"
+    )
+
+
+def test_a_gpu_that_nobody_opens_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks_setup, "WAITS_WITHIN_S", 0.05)
+    node = SimpleNamespace(
+        prepare=lambda spec: None, waiting_with=lambda gpu_id: [7], gpus=[SimpleNamespace(gpu_id="g")]
+    )
+
+    async def story() -> None:
+        driven = checks_setup.Driven(node)
+        assert await driven.until_waiting(None) == 7
+        with pytest.raises(TimeoutError, match="no process waits with the GPU open"):
+            await driven.until_waiting(None, but=7)
+
+    asyncio.run(story())
 
 
 def test_what_onnx_takes_must_be_counted(on_a_gpu: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,13 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     show_default=True,
     help="Also load models that are about to be called, by habit; with --overlap.",
 )
+@click.option(
+    "--pool-contexts",
+    default=1,
+    show_default=True,
+    type=click.IntRange(0, 8),
+    help="Processes that wait for a model with the context of their GPU open, for each CUDA GPU; 0: none.",
+)
 @click.option("--max-queue", default=10_000, show_default=True, type=click.IntRange(min=1), help="Most waiting calls.")
 @click.option("--max-queue-per-function", type=click.IntRange(min=1), help="Most waiting calls of one function.")
 @click.option(
@@ -153,6 +160,7 @@ def serve(
     host_memory: str | None,
     overlap: bool,
     prefetch_recurring: bool,
+    pool_contexts: int,
     max_queue: int,
     max_queue_per_function: int | None,
     caller_header: str,
@@ -210,6 +218,7 @@ def serve(
         host_memory_bytes=parse_bytes(host_memory, "--host-memory") if host_memory is not None else None,
         overlap=overlap,
         prefetch_recurring=prefetch_recurring,
+        pool_contexts=pool_contexts,
         max_queue=max_queue,
         max_queue_per_function=max_queue_per_function,
         caller_header=caller_header,

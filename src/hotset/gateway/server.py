@@ -78,6 +78,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_queue_per_function: int | None = None
     caller_header: str = ""
     """Names the caller of a call that shows no key; empty: none is trusted."""
+    pool_contexts: int = 1
+    """How many processes wait for a model with the context of a GPU open, on each CUDA GPU."""
     burst_s: float = 0.002
     """Waiting calls of one model share a run while it is expected to stay shorter than this."""
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
@@ -134,6 +136,7 @@ async def run(
             cuda=config.virtual_gpus == 0,
             copy_bandwidth=config.copy_bandwidth,
             source=source,
+            pool_contexts=config.pool_contexts,
         )
     ]
     control = Control(scheduler, nodes, cpu=CpuPool(), config=ControlConfig(recorded_calls=config.recorded_calls))

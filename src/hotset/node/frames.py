@@ -14,6 +14,7 @@ A frame is a 16-byte little-endian header and its payload::
       RESTORE  bring the parked model back             -               -
       BYE      unload and exit                         -               -
       INSPECT  import this function, describe it, exit -               InspectOrder (MessagePack)
+      OPEN     open this device; its LOAD follows      -               OpenOrder (MessagePack)
     process -> node
       LOADED   the model is ready                      -               Loaded (MessagePack)
       FAILED   load, offload, restore or device failed -               Failed (MessagePack)
@@ -22,6 +23,7 @@ A frame is a 16-byte little-endian header and its payload::
       RAN      every call of the run has its answer    -               f64 seconds
       FREE     a call's slot was read                  offset          -
       INSPECTED  the answer to INSPECT                 -               Inspected (MessagePack)
+      OPENED   the answer to OPEN, as FAILED is        -               -
 
 A CALL flagged LAST ends its run: the calls since the previous LAST are run together or one after the other. An ANSWER
 flagged LAST is the request's final one; flagged ENDS it was all of its run, and no RAN follows. With the flag SLOT the
@@ -79,6 +81,8 @@ class Kind(IntEnum):
     IMPORT = 13
     INSPECT = 14
     INSPECTED = 15
+    OPEN = 16
+    OPENED = 17
 
 
 class Flag(IntFlag):
@@ -119,6 +123,15 @@ class InspectOrder(msgspec.Struct, frozen=True, kw_only=True):
     code_path: str
     entry: str
     env: Mapping[str, str] = {}
+
+
+class OpenOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """What a fresh process needs to open its device before it knows its model."""
+
+    opener: str
+    """``module:function``, called without arguments."""
+    env: Mapping[str, str] = {}
+    """The device's environment variables."""
 
 
 class Inspected(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ import msgspec
 
 from hotset.functions.http_envelope import PROCESS_ENTRY
 from hotset.functions.units import format_bytes
+from hotset.node.contexts import MOST_CONTEXT_BYTES, ContextPool
 from hotset.node.devices.device import Device
 from hotset.node.frames import LoadOrder, Moved
 from hotset.node.history import History, LoadParts, Transition
@@ -22,8 +23,6 @@ from hotset.node.spawner import ProcessSource
 from hotset.node.utilisation import BusyMeter
 from hotset.vocabulary import FailureKind
 
-MOST_CONTEXT_BYTES = 1 << 30
-"""A CUDA context with its kernels takes a few hundred MiB; what a GPU lost beyond that is somebody else's."""
 COMES_BACK_WITHIN_S = 2.0
 """The driver may give a dead process's memory back a moment after the process is reaped."""
 _LOOK_AGAIN_S = 0.02
@@ -74,6 +73,7 @@ class Lane:
         history: History,
         host: HostMemoryOrder,
         read_ahead: ReadAhead,
+        contexts: ContextPool | None = None,
     ) -> None:
         self.device = device
         self.gpu_id = device.gpu.gpu_id
@@ -84,6 +84,7 @@ class Lane:
         self.meter = BusyMeter()
         self._listener = listener
         self._source = source
+        self._contexts = contexts
         self._where = where
         self._history = history
         self._loop = asyncio.get_running_loop()
@@ -139,6 +140,8 @@ class Lane:
         if self._alive:
             self._emptied = self._loop.create_future()
             await self._emptied
+        if self._contexts is not None:
+            await self._contexts.stop()
 
     # Operations begin
 
@@ -223,7 +226,8 @@ class Lane:
             copy_bandwidth=self.device.copy_bandwidth,
         )
         env = {**self.device.defaults(), **spec.env, **self.device.environment()}
-        process = ModelProcess(self, spec, order, self._source, env)
+        source = self._contexts if self._contexts is not None and self._contexts.serves(spec) else self._source
+        process = ModelProcess(self, spec, order, source, env)
         self._alive.add(process)
         return process
 
@@ -247,12 +251,14 @@ class Lane:
         seen_bytes = self.device.process_bytes(process.pid)
         return said_bytes + process.context_bytes if seen_bytes is None else max(seen_bytes, said_bytes)
 
-    def _context_bytes(self, said_bytes: int) -> int:
-        """What the device has lost since the load began, beyond what the model says it takes."""
+    def _context_bytes(self, process: ModelProcess, said_bytes: int) -> int:
+        """What the device has lost since the load began, beyond what the model says it takes, and what its process had
+        taken before."""
         now_bytes = self.device.free_bytes()
         if self._free_before_bytes is None or now_bytes is None:
-            return 0
-        return min(max(0, self._free_before_bytes - now_bytes - said_bytes), MOST_CONTEXT_BYTES)
+            return process.context_bytes
+        lost_bytes = max(0, self._free_before_bytes - now_bytes - said_bytes)
+        return min(process.context_bytes + lost_bytes, MOST_CONTEXT_BYTES)
 
     def _begin_unload(self, operation: UnloadOperation) -> None:
         operation.begin_s = monotonic()
@@ -331,9 +337,11 @@ class Lane:
         self.spawn_failed = False
         if not memory_bytes and process.spec.entry == PROCESS_ENTRY and self.device.process_bytes(process.pid) is None:
             memory_bytes = process.spec.memory_bytes  # a command cannot be looked into: what it declared counts
-        process.context_bytes = self._context_bytes(memory_bytes)
+        process.context_bytes = self._context_bytes(process, memory_bytes)
         process.memory_bytes = memory_bytes = self._taken_bytes(process, memory_bytes)
         load_s = monotonic() - process.load_began_s
+        if self._contexts is not None:
+            self._contexts.loaded(process.pid, process.spec)
         self._fresh.add(process)
         self._read_ahead.loaded(model, process.spec.code_path, process.pid)
         self._history.measured(model, memory_bytes)
@@ -404,9 +412,12 @@ class Lane:
             self._report_run_failed(self._ran(), ending.kind or FailureKind.CRASH, ending.reason, process.answered)
         else:
             self._listener.process_lost(self.gpu_id, model, ending.reason)
-        if ending.kind is FailureKind.DEVICE and (reason := self.device.lost()) is not None:
-            self._give_up()
-            self._listener.gpu_lost(self.gpu_id, reason)
+        if ending.kind is FailureKind.DEVICE:
+            if self._contexts is not None:
+                self._contexts.renew()
+            if (reason := self.device.lost()) is not None:
+                self._give_up()
+                self._listener.gpu_lost(self.gpu_id, reason)
         self._advance()
 
     def _copied(self) -> AnyOperation | None:
@@ -452,6 +463,8 @@ class Lane:
 
     def _give_up(self) -> None:
         self._over = True
+        if self._contexts is not None:
+            self._contexts.close()
         self._turns.clear()
         for process in self._alive:
             process.end()

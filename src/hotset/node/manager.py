@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from hotset.errors import ConfigurationError
+from hotset.node.contexts import ContextPool
 from hotset.node.devices.cuda import Nvml, cuda_devices
 from hotset.node.devices.device import Device
 from hotset.node.devices.virtual import virtual_devices
@@ -31,7 +32,8 @@ class LocalNode:
 
     ``memory_bytes`` with ``cuda=True``: what models may use of each GPU, instead of what is free. ``copy_bandwidth``:
     bytes a second of a virtual GPU's modelled bus; None: weights are there as soon as the process has them.
-    ``source``: where processes come from; ``nvml``: how CUDA GPUs are found.
+    ``source``: where processes come from; ``pool_contexts``: how many of its pool wait with each GPU open, where there
+    is something to open; ``nvml``: how CUDA GPUs are found.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class LocalNode:
         copy_bandwidth: float | None = None,
         name: str = "local",
         source: ProcessSource | None = None,
+        pool_contexts: int = 0,
         nvml: Nvml | None = None,
     ) -> None:
         if virtual_gpus < 0 or (memory_bytes is not None and memory_bytes <= 0):
@@ -58,8 +61,10 @@ class LocalNode:
         self._memory_bytes = memory_bytes
         self._name = name
         self._source = source or ZygoteSource()
+        self._pool_contexts = pool_contexts
         self._nvml = nvml
         self._lanes: dict[str, Lane] = {}
+        self._contexts: dict[str, ContextPool] = {}
         self._where: dict[int, Lane] = {}
         self._history = History()
         self._read_ahead = ReadAhead()
@@ -81,13 +86,24 @@ class LocalNode:
                 copy_bandwidth=self._copy_bandwidth,
             )
         else:
-            devices = cuda_devices(self._nvml, memory_bytes=self._memory_bytes, node=self._name)
+            devices = cuda_devices(
+                self._nvml, memory_bytes=self._memory_bytes, node=self._name, contexts=self._pool_contexts
+            )
         host = HostMemoryOrder()
-        lanes = [
-            Lane(device, listener, self._source, self._where, self._history, host, self._read_ahead)
-            for device in devices
-        ]
-        self._lanes = {lane.gpu_id: lane for lane in lanes}
+        for device in devices:
+            gpu_id, opens = device.gpu.gpu_id, device.opens_ahead
+            if self._pool_contexts and opens is not None and isinstance(self._source, ZygoteSource):
+                self._contexts[gpu_id] = ContextPool(device, opens, self._source, self._pool_contexts)
+            self._lanes[gpu_id] = Lane(
+                device,
+                listener,
+                self._source,
+                self._where,
+                self._history,
+                host,
+                self._read_ahead,
+                self._contexts.get(gpu_id),
+            )
 
     async def stop(self) -> None:
         if self._probing is not None:
@@ -95,12 +111,19 @@ class LocalNode:
         await asyncio.gather(*(lane.stop() for lane in self._lanes.values()))
         for lane in self._lanes.values():
             lane.device.close()
-        self._lanes = {}
+        self._lanes, self._contexts = {}, {}
         self._read_ahead.close()
         self._source.close()
 
     def prepare(self, spec: LaunchSpec) -> None:
         self._source.prepare(spec.python, spec.frameworks)
+        for contexts in self._contexts.values():
+            contexts.expect(spec)
+
+    def waiting_with(self, gpu_id: str) -> list[int]:
+        """Process ids of those that wait for a model with this GPU open. What they take of it is no model's."""
+        contexts = self._contexts.get(gpu_id)
+        return [] if contexts is None else contexts.waiting()
 
     def expect(self, spec: LaunchSpec) -> None:
         self._read_ahead.expect(spec.model, spec.code_path)

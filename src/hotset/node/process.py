@@ -92,7 +92,7 @@ class ModelProcess:
         self.memory_bytes = 0
         """GPU memory as measured: after the load, an offload, a restore."""
         self.context_bytes = 0
-        """Of that, what no framework in it knows of."""
+        """Of that, what no framework in it knows of. Before it is loaded: what it took before it was this model's."""
         self.report: Loaded | None = None
         """What it said of its load."""
         self.load_began_s = 0.0
@@ -151,6 +151,7 @@ class ModelProcess:
             return
         self._spawned = spawned
         self.pid = spawned.process.pid
+        self.context_bytes = spawned.context_bytes
         self._log = LogReader(spawned.log_fd, lambda line: self._owner.process_logged(self, line))
         self._transport = ProcessTransport(self, spawned.arena_fd)
         self._transport.send(control(order, self._order))

@@ -46,6 +46,8 @@ class Spawned(msgspec.Struct, frozen=True):
     """Read end of its stdout and stderr, non-blocking."""
     pidfd: int
     """Readable when it has ended."""
+    context_bytes: int = 0
+    """Device memory that it took when it opened its device, if it has."""
 
     def close(self) -> None:
         """Close the node's ends: of a process that nobody used."""

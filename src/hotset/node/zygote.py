@@ -33,7 +33,7 @@ STATUS_WITHIN_S = 1.0
 FORK_WITHIN_S = 0.5
 REFILL_AFTER_S = 0.05
 """When a process that was taken from a pool is replaced; at once if the pool is empty and another is wanted."""
-_STARTUP_ONLY = ("LD_", "PYTHON", "GLIBC_", "MALLOC_")
+STARTUP_ONLY = ("LD_", "PYTHON", "GLIBC_", "MALLOC_")
 _FORKABLE = {
     **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
@@ -64,7 +64,14 @@ class _Child(msgspec.Struct, frozen=True):
 class _Zygote:
     """The node's end of one zygote."""
 
-    def __init__(self, python: str, modules: tuple[str, ...], spawner: Spawner, pool_size: int) -> None:
+    def __init__(
+        self,
+        python: str,
+        modules: tuple[str, ...],
+        spawner: Spawner,
+        pool_size: int,
+        filled: Callable[[], object],
+    ) -> None:
         self.modules = modules
         self.ready = False
         self.dead = False
@@ -72,6 +79,7 @@ class _Zygote:
         self.pool: deque[Spawned] = deque()
         self._spawner = spawner
         self._pool_size = pool_size
+        self._filled = filled
         self._retired = False
         self._forking: deque[Connections] = deque()
         self._statuses: dict[int, int] = {}
@@ -111,12 +119,16 @@ class _Zygote:
         while not self.pool and not self.dead and (left_s := deadline_s - monotonic()) > 0:
             select.select([self._control], [], [], left_s)
             self._readable()
-        if not self.pool:
-            return None
-        spawned = self.pool.popleft()
+        return self._pop() if self.pool else None
+
+    def spare(self) -> Spawned | None:
+        """One of a full pool, whose place is taken again before anybody misses it; None: the pool is not full."""
+        return self._pop() if len(self.pool) >= self._pool_size else None
+
+    def _pop(self) -> Spawned:
         # The caller's load comes first: a fork beside it takes milliseconds of a core that it could use.
         self._loop.call_later(REFILL_AFTER_S, self._fill)
-        return spawned
+        return self.pool.popleft()
 
     def retire(self) -> None:
         """Fork no more; it ends with its last child."""
@@ -196,6 +208,8 @@ class _Zygote:
                     self._discard(spawned)
                 else:
                     self.pool.append(spawned)
+                    if len(self.pool) >= self._pool_size:
+                        self._loop.call_soon(self._filled)  # not now: ``take`` reads too, for who wants this one
             case Exited():
                 if message.pid in self._unwanted:
                     self._unwanted.discard(message.pid)
@@ -242,6 +256,7 @@ class ZygoteSource:
         self._retired: list[_Zygote] = []
         self._lives: dict[str, int] = {}
         self._modules: dict[str, tuple[str, ...]] = {}
+        self._watching: list[Callable[[], object]] = []
 
     def prepare(self, python: str, modules: Iterable[str]) -> None:
         """Functions of this interpreter import these modules: have them imported. Returns at once."""
@@ -267,9 +282,26 @@ class ZygoteSource:
         """Process id of the interpreter's zygote; ``KeyError``: it has none."""
         return self._zygotes[python].pid
 
+    def spare(self, python: str, module: str) -> Spawned | None:
+        """A waiting process that has this module imported, and that nobody will miss. None: there is none now; who does
+        ``watch`` is told when there may be."""
+        zygote = self._zygotes.get(python)
+        return zygote.spare() if zygote is not None and zygote.ready and module in zygote.modules else None
+
+    def watch(self, filled: Callable[[], object]) -> None:
+        """Have ``filled`` called from the loop whenever a pool is full again."""
+        self._watching.append(filled)
+
+    def unwatch(self, filled: Callable[[], object]) -> None:
+        self._watching.remove(filled)
+
+    def _filled(self) -> None:
+        for each in tuple(self._watching):
+            each()
+
     def spawn(self, python: str, env: Mapping[str, str]) -> Spawned:
         zygote = self._zygotes.get(python)
-        if zygote is not None and not any(name.startswith(_STARTUP_ONLY) for name in env):
+        if zygote is not None and not any(name.startswith(STARTUP_ONLY) for name in env):
             if zygote.dead:
                 self._start(python, self._modules[python])
             elif zygote.ready:
@@ -305,7 +337,7 @@ class ZygoteSource:
         elif old is not None:
             old.close()  # nobody has a process of its
         try:
-            self._zygotes[python] = _Zygote(python, modules, self._spawner, self._pool_size)
+            self._zygotes[python] = _Zygote(python, modules, self._spawner, self._pool_size, self._filled)
         except OSError:
             self._zygotes.pop(python, None)  # the spawner will say what is wrong, to whoever needs a process
 

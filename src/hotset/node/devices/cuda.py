@@ -11,11 +11,16 @@ from typing import Any
 import msgspec
 
 from hotset.errors import NodeError
+from hotset.node.devices.device import OpensAhead
 from hotset.node.devices.threads import share_of_cores, thread_variables
 from hotset.vocabulary import Gpu
 
 RESERVE_BYTES = 512 * 1024 * 1024
 """Left free on each GPU for contexts and for what allocators round up."""
+CONTEXT_BYTES = 512 * 1024 * 1024
+"""What a process that waits with its context open is assumed to take. PyTorch loads kernels as they are used: its own
+measurement (pull request 86509) is 287 MB so, other GPUs are reported with up to 500; what is more comes off
+``RESERVE_BYTES``."""
 _NOT_SUPPORTED = 3
 """``NVML_ERROR_NOT_SUPPORTED``."""
 _AS_NEEDED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
@@ -68,6 +73,7 @@ class CudaDevice:
 
     device_name = "cuda:0"
     copy_bandwidth = None
+    opens_ahead = OpensAhead("torch", "hotset.node.worker.context:open_cuda", CONTEXT_BYTES)
 
     def __init__(self, nvml: Nvml, handle: Any, gpu: Gpu, uuid: str, *, threads: int = 1) -> None:
         self.gpu = gpu
@@ -110,17 +116,23 @@ class CudaDevice:
         self._nvml.close()
 
 
-def cuda_devices(nvml: Nvml | None = None, *, node: str = "local", memory_bytes: int | None = None) -> list[CudaDevice]:
+def cuda_devices(
+    nvml: Nvml | None = None, *, node: str = "local", memory_bytes: int | None = None, contexts: int = 0
+) -> list[CudaDevice]:
     """Every GPU the driver shows, named ``node/cuda:0`` and on, or those that ``CUDA_VISIBLE_DEVICES`` names.
 
     A GPU in MIG mode is its instances (``node/cuda:0/mig:1``). Models may use ``memory_bytes`` of each, or what is free
-    at this moment less ``RESERVE_BYTES``. One that has no memory of its own, but the host's, tells nobody what is free,
-    and is there only if ``memory_bytes`` is given. Raises ``NodeError`` when there is no GPU.
+    at this moment less ``RESERVE_BYTES``. So many ``contexts`` are to wait on each without a model, ``CONTEXT_BYTES``
+    for each of them: set aside of what is free; beside ``memory_bytes``, which is for models alone, out of the rest of
+    the GPU, so that models get less only where there is no such rest. A GPU that has no memory of its own, but the
+    host's, tells nobody what is free, and is there only if ``memory_bytes`` is given. Raises ``NodeError`` when there
+    is no GPU.
     """
     nvml = nvml or Nvml()
     devices, shares = [], []
     visible = visible_gpus(nvml)
     threads = share_of_cores(len(visible))
+    set_aside_bytes = contexts * CONTEXT_BYTES
     for found in visible:
         memory = nvml.ask("nvmlDeviceGetMemoryInfo", found.handle)
         if memory is None and nvml.refusal("nvmlDeviceGetMemoryInfo", found.handle) is not None:
@@ -129,9 +141,9 @@ def cuda_devices(nvml: Nvml | None = None, *, node: str = "local", memory_bytes:
             if memory is None:
                 shares.append(found.name)
                 continue
-            usable = memory.free - RESERVE_BYTES
+            usable = memory.free - RESERVE_BYTES - set_aside_bytes
         else:
-            usable = memory_bytes if memory is None else min(memory_bytes, memory.total)
+            usable = memory_bytes if memory is None else min(memory_bytes, memory.total - set_aside_bytes)
         kind = _text(nvml.ask("nvmlDeviceGetName", found.handle), "cuda")
         gpu = Gpu(gpu_id=f"{node}/{found.name}", memory_bytes=max(0, usable), node=node, kind=kind)
         devices.append(CudaDevice(nvml, found.handle, gpu, found.uuid, threads=threads))

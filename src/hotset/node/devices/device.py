@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import msgspec
+
 from hotset.vocabulary import Gpu
+
+
+class OpensAhead(msgspec.Struct, frozen=True):
+    """How a process opens a device before it knows its model, so that the load need not."""
+
+    framework: str
+    """What must be imported for it; who does not use that is served by other processes."""
+    opener: str
+    """``module:function``, called in the process."""
+    memory_bytes: int
+    """Device memory that a process which has opened it is assumed to take."""
 
 
 class Device(Protocol):
@@ -22,6 +35,11 @@ class Device(Protocol):
     @property
     def copy_bandwidth(self) -> float | None:
         """Bytes a second of a modelled bus between host and device; None: the real one takes the time it takes."""
+        ...
+
+    @property
+    def opens_ahead(self) -> OpensAhead | None:
+        """None: there is nothing to open."""
         ...
 
     def environment(self) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ class VirtualDevice:
     """A share of this machine's CPU and memory that behaves like a GPU."""
 
     device_name = "cpu"
+    opens_ahead = None
 
     def __init__(self, gpu: Gpu, *, threads: int, copy_bandwidth: float | None = None) -> None:
         self.gpu = gpu

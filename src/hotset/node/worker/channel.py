@@ -27,6 +27,7 @@ from hotset.node.frames import (
     Loaded,
     LoadOrder,
     Moved,
+    OpenOrder,
     answer_kind,
     control,
     split_call,
@@ -40,10 +41,11 @@ _RAN = int(Kind.RAN)
 _LAST = int(Flag.LAST)
 _SLOT = int(Flag.SLOT)
 _ENDS = int(Flag.ENDS)
-_ORDERS: dict[int, type[LoadOrder | InspectOrder]] = {
+_ORDERS: dict[int, type[LoadOrder | InspectOrder | OpenOrder]] = {
     Kind.LOAD: LoadOrder,
     Kind.IMPORT: ImportOrder,
     Kind.INSPECT: InspectOrder,
+    Kind.OPEN: OpenOrder,
 }
 _GATHERED_PARTS = 256
 """Replies are sent at the latest when this many pieces wait."""
@@ -74,7 +76,7 @@ class Channel:
         self._buffer = bytearray(4 * SMALL_FRAME_BYTES)
         self._view = memoryview(self._buffer)
         self._filled = 0
-        self._orders: deque[LoadOrder | InspectOrder] = deque()
+        self._orders: deque[LoadOrder | InspectOrder | OpenOrder] = deque()
         self._work: deque[list[Call] | Kind] = deque()
         self._calls: list[Call] = []
         self._bye = False
@@ -82,8 +84,8 @@ class Channel:
 
     # In
 
-    def next_order(self) -> LoadOrder | InspectOrder:
-        """Wait for the order to become some model's process, or to say what a function is.
+    def next_order(self) -> LoadOrder | InspectOrder | OpenOrder:
+        """Wait for the order to become some model's process, to say what a function is, or to open a device.
 
         Raises ``ClosedError`` or ``ByeError``.
         """
@@ -221,6 +223,10 @@ class Channel:
 
     def inspected(self, inspected: Inspected) -> None:
         self._out.append(control(Kind.INSPECTED, inspected))
+        self.flush()
+
+    def opened(self) -> None:
+        self._out.append(control(Kind.OPENED))
         self.flush()
 
     def failed(self, failed: Failed) -> None:

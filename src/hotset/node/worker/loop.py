@@ -7,6 +7,7 @@ is for the node to judge.
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
 import traceback
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ from hotset.node.frames import (
     Kind,
     Loaded,
     LoadOrder,
+    OpenOrder,
 )
 from hotset.node.interface import Call
 from hotset.node.worker import environment
@@ -83,8 +85,12 @@ class Worker:
         """Live and die. Every way out but a crash comes through here."""
         try:
             order = self._channel.next_order()
+            if isinstance(order, OpenOrder):
+                self._open(order)
+                order = self._channel.next_order()
             if isinstance(order, InspectOrder):
                 return self._inspect(order)
+            assert isinstance(order, LoadOrder)
             failed = self._import(order)
             if failed is None and isinstance(order, ImportOrder):
                 order = self._channel.next_order()
@@ -109,7 +115,16 @@ class Worker:
             pass
         return Exit.BYE
 
-    # Inspect, load and unload
+    # Open, inspect, load and unload
+
+    def _open(self, order: OpenOrder) -> None:
+        """Have the device open before anybody waits for it."""
+        environment.apply(order.env)
+        try:
+            pkgutil.resolve_name(order.opener)()
+        except Exception as error:  # noqa: BLE001 - whatever the device or its framework raises is reported
+            raise FatalError(load_failure(error), Exit.DEVICE_FAILED) from None
+        self._channel.opened()
 
     def _inspect(self, order: InspectOrder) -> Exit:
         """What its code raises is for the log, which whoever asked for this reads."""
