@@ -225,6 +225,11 @@ async def test_where_the_driver_lists_no_process_the_context_still_counts_in_its
         it.first.listed = {other: 30 * MIB}
         await it.load(uses())
         assert {each.device_bytes for each in it.node.processes()} == {11 * MIB, 30 * MIB}
+        # With its process the model's account is gone, context and all; what waits is on none.
+        await it.until_waiting(but=other)
+        os.kill(pid, signal.SIGKILL)
+        await recorder.hears("process_lost")
+        assert it.node._lanes[FIRST]._booked_free_bytes() == (64 - 30) * MIB
 
 
 @story

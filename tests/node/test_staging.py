@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent import futures
 from types import SimpleNamespace
 from typing import Any
 
@@ -242,6 +243,27 @@ def test_a_gpu_is_opened_ahead_with_its_ring_and_without_memory_of_torchs(
     assert cuda.calls == ["init", "zeros (1,) on cuda", registered, "synchronize all", "empty_cache"]
     assert staging.process_ring().pinned_bytes == staging.BUFFERS * staging.BUFFER_BYTES
     assert cuda.calls[-1] == "empty_cache", "the load finds the ring"
+
+
+def test_a_ring_has_the_threads_that_torch_has_when_it_copies(
+    cuda: RecordingCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be older than the function that sets ``OMP_NUM_THREADS``."""
+    pools: list[int] = []
+    original = futures.ThreadPoolExecutor
+
+    def recorded(threads: int) -> futures.ThreadPoolExecutor:
+        pools.append(threads)
+        return original(threads)
+
+    monkeypatch.setattr(futures, "ThreadPoolExecutor", recorded)
+    ring = staging.process_ring()
+    for threads in (2, 1, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        sent = copies_of([numbers(2 * staging.BUFFER_BYTES)])
+        ring.copy_in(sent)
+        assert arrived(sent)
+    assert pools == [2, staging.MOST_THREADS]
 
 
 def test_copies_on_cuda_are_asynchronous_and_on_a_stream_of_their_own(

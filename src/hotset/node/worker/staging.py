@@ -147,16 +147,18 @@ class _Later:
 
 
 class StagingRing:
-    """``threads``: how many fill or empty buffers at the same time. ``buffer_bytes`` is a multiple of 512.
+    """``threads``: how many fill or empty buffers at the same time; None: as many as torch computes with by then, up to
+    ``MOST_THREADS``. ``buffer_bytes`` is a multiple of 512.
 
     Where no memory can be pinned, copies are made without the ring, as torch makes them, which is said once.
     """
 
     def __init__(
-        self, stream: CopyStream, *, threads: int = 1, buffers: int = BUFFERS, buffer_bytes: int = BUFFER_BYTES
+        self, stream: CopyStream, *, threads: int | None = 1, buffers: int = BUFFERS, buffer_bytes: int = BUFFER_BYTES
     ) -> None:
         self._stream = stream
-        self._threads = min(threads, buffers - 1)
+        self._asked_threads = threads
+        self._most_threads = buffers - 1
         self._buffer_bytes = buffer_bytes
         self._lock = threading.Lock()
         self._turn = 0
@@ -170,6 +172,12 @@ class StagingRing:
         self._buffers = [memory[each * buffer_bytes : (each + 1) * buffer_bytes] for each in range(buffers)]
         self._taken: list[Event | None] = [None] * buffers
         """What to wait for before a buffer is used again."""
+
+    @property
+    def _threads(self) -> int:
+        asked = self._asked_threads
+        asked = min(MOST_THREADS, sys.modules["torch"].get_num_threads()) if asked is None else asked
+        return min(asked, self._most_threads)
 
     @property
     def pinned_bytes(self) -> int:
@@ -294,8 +302,9 @@ def _memory(tensor: Any, begin: int, size_bytes: int) -> Any:
 
 @functools.cache
 def process_ring() -> StagingRing:
-    """The one of this process, for its one GPU."""
-    return StagingRing(CudaStream(), threads=min(MOST_THREADS, sys.modules["torch"].get_num_threads()))
+    """The one of this process, for its one GPU. It may be made before the process knows its function, which says how
+    many threads it is to have."""
+    return StagingRing(CudaStream(), threads=None)
 
 
 def is_gpu(device: Any) -> bool:
