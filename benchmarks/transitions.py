@@ -108,6 +108,9 @@ class Driver:
     def restored(self, gpu_id: str, model: str, restore_s: float, memory_bytes: int | None) -> None:
         self._waiting[model].set_result(restore_s)
 
+    def measured(self, gpu_id: str, model: str, memory_bytes: int) -> None:
+        """What models take is not measured here."""
+
     def answered(self, answer: Answer) -> None:
         self._body = bytes(answer.body)
 

@@ -336,6 +336,9 @@ class Driven:
     def restored(self, gpu_id: str, model: str, restore_s: float, memory_bytes: int | None) -> None:
         self._settle(gpu_id, model, Loaded(restore_s, memory_bytes or 0))
 
+    def measured(self, gpu_id: str, model: str, memory_bytes: int) -> None:
+        """Whoever wants to know asks for a ``report``."""
+
     def answered(self, answer: Answer) -> None:
         self._bodies[answer.request_id] = bytes(answer.body)
 

@@ -82,6 +82,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """A load on a node that has the model, HOT or WARM, on another GPU: its host memory has the weights (LIMITS 3)."""
     sizes_bytes: tuple[int, ...] = ()
     """GPU memory that its newest loads took, oldest first."""
+    growth_bytes: int = 0
+    """The most that runs added to one of these."""
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):

@@ -293,3 +293,24 @@ def test_a_node_hears_of_a_model_that_waits_while_no_gpu_has_it() -> None:
             await world.finish(each)
 
     run(story)
+
+
+def test_a_model_that_has_grown_is_accounted_for_and_its_neighbour_leaves() -> None:
+    async def story() -> None:
+        world = await tiered()
+        for name in ("ant", "bee"):
+            world.behave(f"{name}@1", memory_bytes=100 * MIB)
+            await call(world, name)
+        world.node.measure(GPU, "bee@1", 150 * MIB)
+        world.node.measure(GPU, "gone@1", 150 * MIB)
+        await world.advance(0.1)
+        assert world.verbs("offload", "unload") == [("offload", "ant@1")]
+        (gpu,) = shown(world).gpus
+        assert [(each.model, each.memory_bytes) for each in gpu.residents] == [("bee@1", 150 * MIB)]
+        bee = next(each for each in readings.learned(world.control) if each.model == "bee@1")
+        assert (bee.sizes_bytes, bee.growth_bytes) == ((100 * MIB,), 50 * MIB)
+        profile = world.control.functions.current["bee"].profile(world.control.scheduler.profiles)
+        assert profile is not None
+        assert profile.growth_bytes == 50 * MIB
+
+    run(story)

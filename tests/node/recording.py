@@ -90,6 +90,8 @@ class Recorder:
         self.told: list[Told] = []
         self.answers: list[Answer] = []
         self.lines: list[tuple[str, str]] = []
+        self.measurements: list[tuple[str, int]] = []
+        """Model and bytes, after runs: not among ``told``, as they come when a process has time."""
 
     def loaded(self, gpu_id: str, model: str, load_s: float, memory_bytes: int | None) -> None:
         self.told.append(Told("loaded", gpu_id, model, seconds=load_s, memory_bytes=memory_bytes))
@@ -109,6 +111,10 @@ class Recorder:
 
     def restored(self, gpu_id: str, model: str, restore_s: float, memory_bytes: int | None) -> None:
         self.told.append(Told("restored", gpu_id, model, seconds=restore_s, memory_bytes=memory_bytes))
+        self._changed.set()
+
+    def measured(self, gpu_id: str, model: str, memory_bytes: int) -> None:
+        self.measurements.append((model, memory_bytes))
         self._changed.set()
 
     def answered(self, answer: Answer) -> None:

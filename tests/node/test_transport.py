@@ -11,7 +11,18 @@ from contextlib import asynccontextmanager
 import pytest
 from recording import story
 
-from hotset.node.frames import INLINE_BYTES, Failed, Kind, Loaded, LoadOrder, Moved, call_prefix, control, split_call
+from hotset.node.frames import (
+    INLINE_BYTES,
+    Failed,
+    Kind,
+    Loaded,
+    LoadOrder,
+    Measured,
+    Moved,
+    call_prefix,
+    control,
+    split_call,
+)
 from hotset.node.interface import Answer, Call
 from hotset.node.slots import create_arena
 from hotset.node.transport import ProcessTransport
@@ -48,6 +59,10 @@ class Handler:
 
     def on_moved(self, moved: Moved) -> None:
         self.other.append(moved)
+        self._changed.set()
+
+    def on_measured(self, measured: Measured) -> None:
+        self.other.append(measured)
         self._changed.set()
 
     def on_closed(self, broken: str | None) -> None:

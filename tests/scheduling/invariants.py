@@ -34,7 +34,9 @@ def check_memory(scheduler: Scheduler) -> None:
         assert memory.parked_bytes == sum(resident.device_bytes for resident in memory.parked.values())
         resident_bytes = sum(resident.memory_bytes for resident in memory.residents.values())
         assert memory.used_bytes == resident_bytes + memory.parked_bytes
-        assert 0 <= memory.used_bytes <= memory.capacity_bytes
+        outgrown = gpu in scheduler._sizes.outgrown
+        assert memory.used_bytes >= 0
+        assert (memory.used_bytes > memory.capacity_bytes) == outgrown
         in_use = {name for name, resident in memory.residents.items() if resident.in_use}
         working_on = {gpu.work.model if gpu.work is not None else None, memory.copying} - {None}
         assert in_use == working_on, "in use = what the GPU works on"
@@ -69,8 +71,8 @@ def check_footprints(scheduler: Scheduler) -> None:
     largest_bytes = max((gpu.memory.capacity_bytes for gpu in scheduler.cluster.gpus.values()), default=0)
     for name, footprint in footprints.items():
         if footprint.sizes_bytes:
-            margin_bytes = models[name].memory_bytes - max(footprint.sizes_bytes)
-            assert 0 <= margin_bytes <= footprint.need_bytes - max(footprint.sizes_bytes)
+            margin_bytes = models[name].memory_bytes - footprint.least_bytes
+            assert 0 <= margin_bytes <= footprint.need_bytes - footprint.least_bytes
             assert not margin_bytes or models[name].memory_bytes <= largest_bytes
 
 

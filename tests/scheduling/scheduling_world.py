@@ -23,6 +23,7 @@ from hotset.scheduling.events import (
     LoadFailed,
     ModelAdded,
     ModelLoaded,
+    ModelMeasured,
     ModelOffloaded,
     ModelRemoved,
     ModelRestored,
@@ -58,6 +59,8 @@ class Device:
     parked: dict[str, ParkedSize] = field(default_factory=dict)
     restoring_bytes: dict[str, int] = field(default_factory=dict)
     """Host memory of models on their way back."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Of models that are resident or parked: what each is left at least, as runs were seen to need it."""
     lane: deque[Load | Restore | Offload] = field(default_factory=deque)
     """What is to be copied, in order."""
     running: Run | None = None
@@ -177,10 +180,25 @@ class World:
         """A load or a restore is done, and whatever was to be copied before it."""
         device, copy = self._next_load(gpu_id)
         if memory_bytes is not None:
-            device.resident[copy.model] = memory_bytes
+            most_bytes = device.resident[copy.model] + max(0, device.gpu.memory_bytes - device.used_bytes)
+            growth_bytes = self.scheduler.profiles.footprints[copy.model].growth_bytes
+            if isinstance(copy, Load):
+                device.kept[copy.model] = min(memory_bytes + growth_bytes, most_bytes) if growth_bytes else 0
+            device.resident[copy.model] = max(memory_bytes, min(device.kept.get(copy.model, 0), most_bytes))
         device.restoring_bytes.pop(copy.model, None)
         event = ModelLoaded if isinstance(copy, Load) else ModelRestored
         self.handle(event(gpu_id, copy.model, load_s, memory_bytes))
+
+    def measured(self, gpu_id: str, name: str, memory_bytes: int) -> list[Action]:
+        """A process has looked at what it takes; its model may have left meanwhile."""
+        device = self.devices.get(gpu_id)
+        if device is not None and name in device.resident and (device.loading is None or device.loading.model != name):
+            before_bytes = device.resident[name]
+            device.resident[name] = max(memory_bytes, device.kept.get(name, 0))
+            if (size := self.sizes.get(name)) is not None:
+                host_bytes = max(0, size.host_bytes + device.resident[name] - before_bytes)
+                self.sizes[name] = ParkedSize(size.device_bytes, host_bytes)
+        return self.handle(ModelMeasured(gpu_id, name, memory_bytes))
 
     def load_fails(
         self,
@@ -299,6 +317,23 @@ class World:
             else:
                 self.finish(device.gpu.gpu_id)
 
+    def _nobody_may_leave(self, device: Device) -> None:
+        """A GPU that was outgrown is left so only as long as nothing can be done about it."""
+        scheduler = self.scheduler
+        memory = scheduler.cache.memory(device.gpu.gpu_id)
+        assert list(scheduler._sizes.outgrown).count(scheduler.cluster.gpus[device.gpu.gpu_id]) == 1
+        wanted = {
+            *scheduler.cluster.queues.models(),
+            *(entry.model for entry in scheduler.cluster.gpus[device.gpu.gpu_id].local_queue),
+        }
+        may_leave = [
+            resident.memory_bytes
+            for name, resident in memory.residents.items()
+            if name not in {*device.in_use, *memory.pinned, *wanted}
+        ]
+        excess_bytes = device.used_bytes - device.gpu.memory_bytes
+        assert memory.copying is not None or sum(may_leave) + memory.parked_bytes < excess_bytes
+
     # What came of it
 
     def doing(self, gpu_id: str) -> str:
@@ -414,7 +449,8 @@ class World:
             work = scheduler.cluster.gpus[gpu_id].work
             working_on = [each for each in (memory.copying, work.model if work is not None else None) if each]
             assert working_on == device.in_use
-            assert device.used_bytes <= device.gpu.memory_bytes
+            if device.used_bytes > device.gpu.memory_bytes:
+                self._nobody_may_leave(device)
         for node in {device.gpu.node for device in self.devices.values()}:
             devices = [device for device in self.devices.values() if device.gpu.node == node]
             host_bytes = sum(device.host_bytes for device in devices)

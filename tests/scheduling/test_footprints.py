@@ -163,5 +163,6 @@ def test_a_restore_is_no_other_load_but_shows_growth():
         assert world.parked("g0") == ["v"]
         load(world, "v", mib, load_s=0.1)
         assert world.actions(Restore)
-    assert world.scheduler.profiles.footprints["v"].sizes_bytes == (130 * MIB,)
+    footprint = world.scheduler.profiles.footprints["v"]
+    assert (footprint.sizes_bytes, footprint.growth_bytes) == ((100 * MIB,), 30 * MIB)
     assert need_mib(world, "v") == 130

@@ -168,11 +168,19 @@ class ClusterStory(RuleBasedStateMachine):
         device = self._some(data, self.loading)
         assert device.loading is not None
         reserved_bytes = device.resident[device.loading.model]
-        free_bytes = device.gpu.memory_bytes - device.used_bytes
+        free_bytes = max(0, device.gpu.memory_bytes - device.used_bytes)
         if any(isinstance(copy, Offload) for copy in device.lane):
             share = None if share is None else min(share, 1.0)
         measured = None if share is None else min(int(reserved_bytes * share), reserved_bytes + free_bytes)
         self.world.loaded(device.gpu.gpu_id, load_s=load_s, memory_bytes=measured)
+
+    @rule(data=st.data(), name=st.sampled_from(NAMES), share=st.sampled_from((0.25, 1.0, 1.5, 4.0)))
+    def measured(self, data: st.DataObject, name: str, share: float):
+        """Runs have made it larger, or smaller; it may have left since."""
+        gpu_id = data.draw(st.sampled_from((*self.world.devices, "nobody's")))
+        device = self.world.devices.get(gpu_id)
+        before_bytes = GIB if device is None else device.resident.get(name, GIB)
+        self.world.measured(gpu_id, name, int(before_bytes * share))
 
     @property
     def offloading(self) -> list[Device]:

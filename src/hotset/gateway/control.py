@@ -37,6 +37,7 @@ from hotset.scheduling.events import (
     LoadFailed,
     ModelAdded,
     ModelLoaded,
+    ModelMeasured,
     ModelOffloaded,
     ModelRemoved,
     ModelRestored,
@@ -401,9 +402,7 @@ class Control:
     # Node -> scheduler and clients (``NodeListener``)
 
     def loaded(self, gpu_id: str, model: str, load_s: float, memory_bytes: int | None) -> None:
-        learned = self._learned(gpu_id, model)
-        if learned is not None:
-            learned.loads += 1
+        self._learned(gpu_id, model).loads += 1
         self._handle(ModelLoaded(gpu_id, model, load_s, memory_bytes))
 
     def load_failed(
@@ -416,10 +415,11 @@ class Control:
         self._handle(ModelOffloaded(gpu_id, model, offload_s, device_bytes, host_bytes))
 
     def restored(self, gpu_id: str, model: str, restore_s: float, memory_bytes: int | None) -> None:
-        learned = self._learned(gpu_id, model)
-        if learned is not None:
-            learned.restores += 1
+        self._learned(gpu_id, model).restores += 1
         self._handle(ModelRestored(gpu_id, model, restore_s, memory_bytes))
+
+    def measured(self, gpu_id: str, model: str, memory_bytes: int) -> None:
+        self._handle(ModelMeasured(gpu_id, model, memory_bytes))
 
     def answered(self, answer: Answer) -> None:
         pending = self.calls.get(answer.request_id)
@@ -441,15 +441,14 @@ class Control:
             self._abandon(pending, RejectReason.FAILED, "the answer came faster than it was read: read it faster")
 
     def run_finished(self, gpu_id: str, model: str, inference_s: float) -> None:
-        learned = self._learned(gpu_id, model)
-        if learned is not None:
-            learned.runs += 1
+        self._learned(gpu_id, model).runs += 1
         self._handle(RunFinished(gpu_id, model, inference_s))
 
-    def _learned(self, gpu_id: str, model: str) -> Learned | None:
+    def _learned(self, gpu_id: str, model: str) -> Learned:
+        """What is counted there, or nowhere: of a version, or a GPU, that is gone."""
         version = self.functions.versions.get(model)
         gpu = self.scheduler.cluster.gpus.get(gpu_id)
-        return None if version is None or gpu is None else version.learned[gpu.kind]
+        return Learned() if version is None or gpu is None else version.learned[gpu.kind]
 
     def run_failed(self, gpu_id: str, model: str, kind: FailureKind, reason: str, answered: tuple[int, ...]) -> None:
         log.warning("%s failed on %s (%s): %s", model, gpu_id, kind.value, reason)

@@ -61,6 +61,7 @@ class Version:
             reload_s=profiles.reload_s(self.model, kind),
             inference_s=profiles.inference_s(self.model, kind),
             sizes_bytes=profiles.footprints[self.model].sizes_bytes,
+            growth_bytes=profiles.footprints[self.model].growth_bytes,
         )
 
 

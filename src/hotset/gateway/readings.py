@@ -6,6 +6,7 @@ from hotset.gateway.control import Control
 from hotset.gateway.metrics import GpuMetrics
 from hotset.node.history import ModelHistory
 from hotset.node.interface import ProcessReport
+from hotset.scheduling.profiles import Footprint
 from hotset.scheduling.thrash import Episode
 from hotset.store.datastore import ProfileRecord
 from hotset.vocabulary import Profile
@@ -109,7 +110,7 @@ def learned(control: Control) -> list[ProfileRecord]:
     for version in control.functions.current.values():
         scheduled = version.spec.scheduled
         declared = scheduled.profile if scheduled is not None else Profile()
-        sizes_bytes = profiles.footprints[version.model].sizes_bytes if scheduled is not None else ()
+        footprint = profiles.footprints[version.model] if scheduled is not None else Footprint()
         for kind, known in version.learned.items():
             ran = known.runs > 0 or declared.inference_s is not None
             restored = known.restores > 0 or declared.restore_s is not None
@@ -124,8 +125,9 @@ def learned(control: Control) -> list[ProfileRecord]:
                     reload_s=profiles.reload_s(version.model, kind),
                     inference_s=profiles.inference_s(version.model, kind) if ran else None,
                     runs=known.runs,
-                    memory_bytes=max(sizes_bytes, default=None),
-                    sizes_bytes=sizes_bytes,
+                    memory_bytes=max(footprint.sizes_bytes, default=None),
+                    sizes_bytes=footprint.sizes_bytes,
+                    growth_bytes=footprint.growth_bytes,
                 )
             )
     return records

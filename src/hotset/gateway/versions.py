@@ -183,6 +183,7 @@ def version_spec(
                 reload_s=next((each.reload_s for each in known if each.reload_s is not None), None),
                 inference_s=next((each.inference_s for each in known if each.inference_s is not None), None),
                 sizes_bytes=max((each.sizes_bytes for each in known), key=len, default=()),
+                growth_bytes=max((each.growth_bytes for each in known), default=0),
             ),
         )
         if on_gpu

@@ -157,6 +157,9 @@ class CpuPool:
         elif not process.in_flight:
             self._unwanted(function)
 
+    def process_measured(self, process: ModelProcess, memory_bytes: int | None) -> None:
+        """No account is kept of it, so it is not measured."""
+
     def process_logged(self, process: ModelProcess, line: str) -> None:
         self._report.logged(process.spec.model, line)
 

@@ -187,6 +187,10 @@ class FakeNode:
         gpu.epoch += 1
         self._clock_now.call_later(0.0, lambda: self._report.gpu_lost(gpu_id, reason))
 
+    def measure(self, gpu_id: str, model: str, memory_bytes: int) -> None:
+        """Runs have made a resident model larger, or smaller."""
+        self._later(gpu_id, 0.0, lambda: self._report.measured(gpu_id, model, memory_bytes))
+
     def log(self, model: str, line: str) -> None:
         """The function prints a line."""
         self._report.logged(model, line)

@@ -19,6 +19,7 @@ A frame is a 16-byte little-endian header and its payload::
       LOADED   the model is ready                      -               Loaded (MessagePack)
       FAILED   load, offload, restore or device failed -               Failed (MessagePack)
       MOVED    the answer to OFFLOAD and RESTORE       -               Moved (MessagePack)
+      MEASURED the model takes other memory by now     -               Measured (MessagePack)
       ANSWER   one result or one chunk of it           request id      f64 seconds, u16 size, content type, body
       RAN      every call of the run has its answer    -               f64 seconds
       FREE     a call's slot was read                  offset          -
@@ -83,6 +84,7 @@ class Kind(IntEnum):
     INSPECTED = 15
     OPEN = 16
     OPENED = 17
+    MEASURED = 18
 
 
 class Flag(IntFlag):
@@ -161,6 +163,22 @@ class Moved(msgspec.Struct, frozen=True, kw_only=True):
 
     device_bytes: int
     host_bytes: int
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What the loaded model takes of its device now, after runs: once for each of them at most."""
+
+    memory_bytes: int | None
+    """None: only the driver can say."""
+
+
+NEWS_BYTES = 1 << 20
+_NEWS_SHARE = 0.01
+
+
+def is_news(before_bytes: int, now_bytes: int) -> bool:
+    """Whether a size differs by so much that others should know."""
+    return abs(now_bytes - before_bytes) >= max(NEWS_BYTES, _NEWS_SHARE * before_bytes)
 
 
 def control(kind: Kind, payload: msgspec.Struct | None = None, id: int = 0) -> bytes:

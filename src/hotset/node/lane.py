@@ -13,7 +13,7 @@ from hotset.functions.http_envelope import PROCESS_ENTRY
 from hotset.functions.units import format_bytes
 from hotset.node.contexts import MOST_CONTEXT_BYTES, ContextPool
 from hotset.node.devices.device import Device
-from hotset.node.frames import LoadOrder, Moved
+from hotset.node.frames import LoadOrder, Moved, is_news
 from hotset.node.history import History, LoadParts, Transition
 from hotset.node.interface import Answer, Call, LaunchSpec, NodeListener
 from hotset.node.order import HostMemoryOrder, Operation, Turns
@@ -246,10 +246,13 @@ class Lane:
         on_device_bytes = self.device.free_bytes()
         return on_device_bytes is not None and on_device_bytes < wanted_bytes <= self._booked_free_bytes()
 
-    def _taken_bytes(self, process: ModelProcess, said_bytes: int) -> int:
-        """Device memory a process takes: the driver's figure; else its own, and what its context took besides."""
+    def _taken_bytes(self, process: ModelProcess, said_bytes: int | None) -> int:
+        """Device memory a process takes: the driver's figure; else its own, and what its context took besides; else
+        what it last took."""
         seen_bytes = self.device.process_bytes(process.pid)
-        return said_bytes + process.context_bytes if seen_bytes is None else max(seen_bytes, said_bytes)
+        if seen_bytes is not None:
+            return max(seen_bytes, said_bytes or 0)
+        return process.memory_bytes if said_bytes is None else said_bytes + process.context_bytes
 
     def _context_bytes(self, process: ModelProcess, said_bytes: int) -> int:
         """What the device has lost since the load began, beyond what the model says it takes, and what its process had
@@ -368,7 +371,6 @@ class Lane:
     def _restored(self, process: ModelProcess, operation: RestoreOperation, moved: Moved) -> None:
         restore_s = monotonic() - operation.begin_s
         process.memory_bytes = self._taken_bytes(process, moved.device_bytes)
-        self._history.measured(operation.model, process.memory_bytes)
         self._history.took(operation.model, Transition.RESTORE, restore_s)
         self._copied()
         self._listener.restored(self.gpu_id, operation.model, restore_s, process.memory_bytes)
@@ -387,6 +389,12 @@ class Lane:
         self._ran()
         self._listener.run_finished(self.gpu_id, process.spec.model, inference_s)
         self._advance()
+
+    def process_measured(self, process: ModelProcess, memory_bytes: int | None) -> None:
+        taken_bytes = self._taken_bytes(process, memory_bytes)
+        if is_news(process.memory_bytes, taken_bytes):
+            process.memory_bytes = taken_bytes
+            self._listener.measured(self.gpu_id, process.spec.model, taken_bytes)
 
     def process_logged(self, process: ModelProcess, line: str) -> None:
         self._listener.logged(process.spec.model, line)

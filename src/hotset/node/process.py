@@ -23,7 +23,7 @@ from typing import Protocol
 import msgspec
 
 from hotset.deadline import Deadline
-from hotset.node.frames import Failed, FrameError, Kind, Loaded, LoadOrder, Moved, control
+from hotset.node.frames import Failed, FrameError, Kind, Loaded, LoadOrder, Measured, Moved, control
 from hotset.node.interface import Answer, Call, LaunchSpec
 from hotset.node.logs import LogReader
 from hotset.node.spawner import ProcessSource, Spawned, return_code_text
@@ -73,6 +73,10 @@ class ProcessOwner(Protocol):
         """The oldest run is done."""
         ...
 
+    def process_measured(self, process: ModelProcess, memory_bytes: int | None) -> None:
+        """Its model takes this much now; None: it cannot tell."""
+        ...
+
     def process_logged(self, process: ModelProcess, line: str) -> None: ...
 
     def process_ended(self, process: ModelProcess, ending: Ending) -> None: ...
@@ -90,7 +94,7 @@ class ModelProcess:
         self.loaded = False
         """Its load succeeded, some time."""
         self.memory_bytes = 0
-        """GPU memory as measured: after the load, an offload, a restore."""
+        """GPU memory as measured: after the load, an offload, a restore, some runs."""
         self.context_bytes = 0
         """Of that, what no framework in it knows of. Before it is loaded: what it took before it was this model's."""
         self.report: Loaded | None = None
@@ -112,6 +116,8 @@ class ModelProcess:
         self._log: LogReader | None = None
         self._moved: Callable[[Moved], None] | None = None
         self._runs: deque[tuple[int, ...]] = deque()
+        self._ran = False
+        """It has, and has not said since what it takes."""
         self._outstanding: set[int] = set()
         self._gone = False
         """Its process id may be another's by now."""
@@ -241,6 +247,15 @@ class ModelProcess:
         self._deadline.clear()
         report(moved)
 
+    def on_measured(self, measured: Measured) -> None:
+        if self.state is ProcessState.ENDING:
+            return
+        counted = self._order.limit_bytes is not None
+        if not counted or not self._ran or (measured.memory_bytes is not None and measured.memory_bytes < 0):
+            raise FrameError("an untimely or impossible MEASURED")
+        self._ran = False
+        self._owner.process_measured(self, measured.memory_bytes)
+
     def on_answer(self, answer: Answer) -> None:
         if answer.request_id not in self._outstanding:
             raise FrameError("an answer to a request it does not have")
@@ -252,6 +267,7 @@ class ModelProcess:
         if not self._runs or not self._outstanding.isdisjoint(self._runs[0]):
             raise FrameError("the end of a run that has unanswered calls")
         self._runs.popleft()
+        self._ran = True
         if self.state is ProcessState.RUNNING:
             if self._runs:
                 self._deadline.set(self.spec.timeout_s)

@@ -26,6 +26,7 @@ from hotset.node.frames import (
     FrameError,
     Kind,
     Loaded,
+    Measured,
     Moved,
     call_prefix,
     control,
@@ -56,6 +57,8 @@ class FrameHandler(Protocol):
     def on_failed(self, failed: Failed) -> None: ...
 
     def on_moved(self, moved: Moved) -> None: ...
+
+    def on_measured(self, measured: Measured) -> None: ...
 
     def on_closed(self, broken: str | None) -> None:
         """Nothing more will come. ``broken`` says which rule the process broke, None: it closed the socket."""
@@ -253,5 +256,7 @@ class ProcessTransport(asyncio.BufferedProtocol):
             self._handler.on_failed(msgspec.msgpack.decode(buffer[start:end], type=Failed))
         elif kind == Kind.MOVED:
             self._handler.on_moved(msgspec.msgpack.decode(buffer[start:end], type=Moved))
+        elif kind == Kind.MEASURED:
+            self._handler.on_measured(msgspec.msgpack.decode(buffer[start:end], type=Measured))
         else:
             raise FrameError(f"a frame of kind {kind}, which no process may send")

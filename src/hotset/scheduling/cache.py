@@ -1,8 +1,8 @@
 """The Cache Manager: which model is in which GPU's memory, and who must go to make room.
 
 It owns every GPU's memory account, and each node's account of parked models (``scheduling/parking.py``). A model's
-bytes are reserved when its load is decided and given back when its unload is decided, so no account ever exceeds its
-capacity, whatever the world does meanwhile.
+bytes are reserved when its load is decided and given back when its unload is decided, so no decision ever makes an
+account exceed its capacity. Only a model that takes more in its runs does (``scheduling/sizes.py``).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Resident:
         "guessed",
         "host_bytes",
         "in_use",
+        "kept_bytes",
         "last_used_s",
         "loaded_s",
         "memory_bytes",
@@ -64,6 +65,8 @@ class Resident:
         """Host memory on its node's account: while WARM, and until a restore is done."""
         self.device_bytes = 0
         """GPU memory that its process holds while WARM."""
+        self.kept_bytes = 0
+        """Its account is never less than this: it takes less, but runs of it were seen to need that."""
 
 
 @dataclass(slots=True, eq=False)
@@ -263,11 +266,12 @@ class CacheManager:
         memory.spares = False
         return victims
 
-    def room_for(self, memory: GpuMemory, model: str, need_bytes: int, victims: list[Resident]) -> Room:
-        """How these victims make the room for which they were chosen: each is offloaded if that is worth it."""
+    def room_for(self, memory: GpuMemory, model: str | None, need_bytes: int, victims: list[Resident]) -> Room:
+        """How these victims make the room for which they were chosen: each is offloaded if that is worth it. ``model``:
+        the one that comes."""
         if not self.host_memory_bytes:
             return Room(victims, [], victims, [])
-        own = memory.parked.get(model)
+        own = memory.parked.get(model) if model is not None else None
         room = Room(victims, [], [], [])
         missing = need_bytes - memory.free_bytes - (own.device_bytes if own is not None else 0)
         host_free_bytes = memory.host.free_bytes
@@ -373,19 +377,33 @@ class CacheManager:
         resident = memory.residents[model]
         resident.ahead, resident.guessed = not guessed, guessed
 
-    def loaded(self, memory: GpuMemory, model: str, memory_bytes: int | None) -> Resident:
-        """LOADING -> HOT. A measured size replaces the reserved one if the account allows it."""
+    def loaded(self, memory: GpuMemory, model: str, memory_bytes: int | None, growth_bytes: int = 0) -> Resident:
+        """LOADING -> HOT. A measured size replaces the reserved one if the account allows it. ``growth_bytes``: what is
+        kept beside it, as far as it goes, for what runs will add."""
         resident = memory.residents[model]
         resident.state = Residency.HOT
         memory.host.used_bytes -= resident.host_bytes
         resident.host_bytes = 0
         if memory_bytes is not None:
-            # A node lets no process grow past its reservation, so this only ever gives memory back.
-            measured = min(memory_bytes, resident.memory_bytes + memory.free_bytes)
-            memory.used_bytes += measured - resident.memory_bytes
-            memory.version += measured != resident.memory_bytes
-            resident.memory_bytes = measured
+            # A node lets no load take more than it has, so this only ever gives memory back.
+            most_bytes = resident.memory_bytes + max(0, memory.free_bytes)
+            if growth_bytes:
+                resident.kept_bytes = min(memory_bytes + growth_bytes, most_bytes)
+            self._resize(memory, resident, min(max(memory_bytes, resident.kept_bytes), most_bytes))
         return resident
+
+    def measured(self, memory: GpuMemory, resident: Resident, memory_bytes: int) -> None:
+        """A HOT model takes this much by now. It has it already, so the account may exceed the GPU's capacity."""
+        parked, before_bytes = self._sizes.get(resident.model), resident.memory_bytes
+        self._resize(memory, resident, max(memory_bytes, resident.kept_bytes))
+        if parked is not None:  # what was added will be parked as well
+            host_bytes = max(0, parked.host_bytes + resident.memory_bytes - before_bytes)
+            self._sizes[resident.model] = ParkedSize(parked.device_bytes, host_bytes)
+
+    def _resize(self, memory: GpuMemory, resident: Resident, memory_bytes: int) -> None:
+        memory.used_bytes += memory_bytes - resident.memory_bytes
+        memory.version += memory_bytes != resident.memory_bytes
+        resident.memory_bytes = memory_bytes
 
     def use(self, memory: GpuMemory, model: str, now_s: float) -> Resident:
         """A run starts: the model becomes the most recently used of its GPU."""
@@ -444,7 +462,7 @@ class CacheManager:
         if resident is None:
             return True  # it is on its way back already, or gone
         device_bytes, host_bytes = size.device_bytes - resident.device_bytes, size.host_bytes - resident.host_bytes
-        if device_bytes > memory.free_bytes or host_bytes > memory.host.free_bytes:
+        if device_bytes > max(0, memory.free_bytes) or host_bytes > memory.host.free_bytes:
             return False
         resident.device_bytes, resident.host_bytes = size.device_bytes, size.host_bytes
         memory.parked_bytes += device_bytes

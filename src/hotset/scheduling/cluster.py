@@ -260,7 +260,7 @@ class Cluster:
         """A model is new, or declared anew; what was measured of its memory counts for more than what is declared."""
         self.models[model.name] = model
         self.profiles.add(model)
-        self._size(model.name)
+        self.size(model.name)
 
     def forget_model(self, name: str) -> None:
         """The last traces of a model that no GPU has any more."""
@@ -270,20 +270,12 @@ class Cluster:
         self.rates.forget(name)
         self.prices.forget(name)
 
-    def learn_memory(self, name: str, memory_bytes: int, *, again: bool = False) -> bool:
-        """A model was measured to take this, ``again`` after a restore. Returns whether that is news."""
-        known = self.profiles.footprints[name]
-        if again:
-            known.observe_again(memory_bytes)
-        else:
-            known.observe(memory_bytes)
-        return self._size(name)
-
-    def _size(self, name: str) -> bool:
-        """Bring what is kept free for a model up to date. The margin ends where the largest GPU does: one that is
-        alone there crowds nobody, and what was seen to fit is not refused."""
+    def size(self, name: str) -> bool:
+        """Bring what is kept free for a model up to date with its footprint; returns whether that is news. The margin,
+        and what runs may add, end where the largest GPU does: a model that is alone there crowds nobody, and what was
+        seen to fit is not refused."""
         model, known = self.models[name], self.profiles.footprints[name]
-        need_bytes = max(known.largest_bytes, min(known.need_bytes, self._capacity_bytes)) or model.memory_bytes
+        need_bytes = max(known.least_bytes, min(known.need_bytes, self._capacity_bytes)) or model.memory_bytes
         if need_bytes != model.memory_bytes:
             self.models[name] = msgspec.structs.replace(model, memory_bytes=need_bytes)
         return need_bytes != model.memory_bytes
@@ -294,7 +286,7 @@ class Cluster:
         if capacity_bytes != self._capacity_bytes:
             self._capacity_bytes = capacity_bytes
             for name in self.models:
-                self._size(name)
+                self.size(name)
 
     def join(self, gpu: Gpu) -> GpuState:
         self._joined += 1

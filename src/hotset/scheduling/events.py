@@ -77,6 +77,14 @@ class ModelRestored(Event, frozen=True):
     memory_bytes: int | None = None
 
 
+class ModelMeasured(Event, frozen=True):
+    """A HOT model takes other GPU memory than it was last said to: runs have added to it, or let go of some."""
+
+    gpu_id: str
+    model: str
+    memory_bytes: int
+
+
 class LoadFailed(Event, frozen=True):
     """A ``Load`` came to nothing; the GPU's memory is as before it. ``memory_bytes``: what it would have taken."""
 

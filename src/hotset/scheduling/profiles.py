@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
+import msgspec
+
 from hotset.vocabulary import Model, Profile
 
 NEWEST_WEIGHT = 0.1
@@ -96,49 +98,78 @@ class BatchLine:
         return max(self.mean_s + slope * (batch - self.mean_n), 0.0)
 
 
+class Taken(msgspec.Struct, gc=False):
+    """GPU memory that a model took from one load on, until it was loaded anew."""
+
+    load_bytes: int
+    run_bytes: int = 0
+    """What its first run added."""
+    growth_bytes: int = 0
+    """The most that runs added."""
+
+
 class Footprint:
     """GPU memory that a model takes, and a margin for what it may take next time, learned from how much that varies.
 
     The largest of n sizes is not exceeded by the next one in n of n + 1 cases, whatever they are distributed like. The
     mean gap between the sizes is added, as in the textbook estimate of a range's end from a sample of it (the German
     tank problem): that covers the first few sizes, from which little is known, and is nothing where all are equal.
+
+    That is what loads take. What runs add (workspaces, caches, whatever a function keeps) comes on top: the most that
+    they added to one of these loads. A load that nothing was added to is one more in which nothing was, so what a model
+    no longer does is forgotten with the loads after which it did.
     """
 
-    __slots__ = ("_sizes",)
+    __slots__ = ("_newest",)
 
-    def __init__(self, sizes_bytes: Iterable[int] = ()) -> None:
-        self._sizes = deque(sizes_bytes, maxlen=NEWEST_SIZES)
+    def __init__(self, sizes_bytes: Iterable[int] = (), growth_bytes: int = 0) -> None:
+        self._newest = deque(map(Taken, sizes_bytes), maxlen=NEWEST_SIZES)
+        if self._newest:
+            self._newest[-1].growth_bytes = growth_bytes
 
     @property
     def sizes_bytes(self) -> tuple[int, ...]:
         """What the newest loads took, oldest first."""
-        return tuple(self._sizes)
+        return tuple([taken.load_bytes for taken in self._newest])
 
     @property
     def newest_bytes(self) -> int | None:
-        """What it last took; None: that was never measured."""
-        return self._sizes[-1] if self._sizes else None
+        """What it last took, runs included; None: that was never measured."""
+        return self._newest[-1].load_bytes + self._newest[-1].growth_bytes if self._newest else None
 
     @property
-    def largest_bytes(self) -> int:
-        return max(self._sizes, default=0)
+    def least_bytes(self) -> int:
+        """Without which no GPU can hold it: what a load, or a load and its first run, were seen to take."""
+        return max((taken.load_bytes + taken.run_bytes for taken in self._newest), default=0)
+
+    @property
+    def growth_bytes(self) -> int:
+        """What runs may add to a load."""
+        return max((taken.growth_bytes for taken in self._newest), default=0)
 
     @property
     def need_bytes(self) -> int:
-        """What to keep free for the next load; 0: nothing is known."""
-        if len(self._sizes) < 2:
-            return self.largest_bytes
-        largest, gaps = self.largest_bytes, len(self._sizes) - 1
-        return largest + -(-(largest - min(self._sizes)) // gaps)
+        """What to keep free for the next load and its runs; 0: nothing is known."""
+        sizes = self.sizes_bytes
+        if not sizes:
+            return 0
+        largest, gaps = max(sizes), len(sizes) - 1
+        margin = -(-(largest - min(sizes)) // gaps) if gaps else 0
+        return largest + margin + self.growth_bytes
 
     def observe(self, size_bytes: int) -> None:
         """A load took this much, or would have."""
-        self._sizes.append(size_bytes)
+        self._newest.append(Taken(size_bytes))
 
-    def observe_again(self, size_bytes: int) -> None:
-        """What was loaded before takes this much now: no other load, but it may have grown since."""
-        newest = self._sizes.pop() if self._sizes else 0
-        self._sizes.append(max(newest, size_bytes))
+    def observe_again(self, size_bytes: int, *, first_run: bool = False) -> None:
+        """What was loaded before takes this much now. ``first_run``: and has run only once since."""
+        if not self._newest:
+            self.observe(size_bytes)
+            return
+        newest = self._newest[-1]
+        newest.growth_bytes = max(newest.growth_bytes, size_bytes - newest.load_bytes)
+        if first_run:
+            newest.run_bytes = max(newest.run_bytes, size_bytes - newest.load_bytes)
 
 
 class Least:
@@ -184,7 +215,7 @@ class Profiles:
     def add(self, model: Model) -> None:
         self._models[model.name] = model
         self.least.setdefault(model.name, Least(model.profile))
-        self.footprints.setdefault(model.name, Footprint(model.profile.sizes_bytes))
+        self.footprints.setdefault(model.name, Footprint(model.profile.sizes_bytes, model.profile.growth_bytes))
 
     def remove(self, name: str) -> None:
         self._models.pop(name, None)

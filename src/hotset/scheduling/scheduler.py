@@ -19,6 +19,7 @@ from hotset.scheduling.events import (
     LoadFailed,
     ModelAdded,
     ModelLoaded,
+    ModelMeasured,
     ModelOffloaded,
     ModelRemoved,
     ModelRestored,
@@ -39,6 +40,7 @@ from hotset.scheduling.quarantine import Quarantine
 from hotset.scheduling.queue import Entry, Place
 from hotset.scheduling.recurrence import Recurrence
 from hotset.scheduling.requests import Loss, OpenRequests
+from hotset.scheduling.sizes import Sizes
 from hotset.scheduling.transitions import Transitions
 from hotset.vocabulary import FailureKind
 
@@ -73,6 +75,7 @@ class Scheduler:
         self._requests = OpenRequests(
             self.cluster, self._admission, self.quarantine, self.journal, self._outbox, max_attempts=config.max_attempts
         )
+        self._sizes = Sizes(self.cluster, self._transitions, self.pins, self._requests)
         self._entries = self._requests.entries
         self._queues = self.cluster.queues
         self._gathering = self.cluster.gathering
@@ -91,6 +94,7 @@ class Scheduler:
             ModelRemoved: self._model_removed,
             GpuJoined: self._gpu_joined,
             GpuLost: self._gpu_lost,
+            ModelMeasured: self._sizes.measured,
             LoadFailed: self._load_failed,
             RunFailed: self._run_failed,
             ProcessLost: self._process_lost,
@@ -152,6 +156,8 @@ class Scheduler:
     # Placement
 
     def _dispatch(self, now_s: float) -> None:
+        if self._sizes.outgrown:
+            self._sizes.settle(now_s)
         if self.pins.unsettled:
             self._load_pinned(now_s)
         if self._requests.retries and self.cluster.idle:
@@ -324,11 +330,10 @@ class Scheduler:
     def _became_hot(self, gpu: GpuState, event: ModelLoaded | ModelRestored, load_s: float, now_s: float) -> None:
         model = event.model
         work = None if gpu.memory.copying == model else self._work_of(gpu, model)
-        resident = self.cache.loaded(gpu.memory, model, event.memory_bytes)
+        resident = self._sizes.became_hot(gpu, event)
         self.cluster.prices.moved(model)
         self._queues.loaded(resident, load_s, now_s)
-        if event.memory_bytes is not None:
-            self._measured(model, resident.memory_bytes, now_s, again=type(event) is ModelRestored)
+        self._sizes.loaded(event, resident, now_s)
         if work is None:
             resident.in_use = False
             self.cluster.copy_ended(gpu, model)
@@ -347,12 +352,6 @@ class Scheduler:
             self._run(gpu, work, rule, now_s)
         else:
             self._release(gpu, model, now_s)
-
-    def _measured(self, model: str, memory_bytes: int, now_s: float, *, again: bool = False) -> None:
-        """What a model takes is known better: pins may need other room, and some may have none any more."""
-        if self.cluster.learn_memory(model, memory_bytes, again=again):
-            self.pins.changed(model)
-            self._requests.reject_too_large(now_s)
 
     def _model_offloaded(self, event: ModelOffloaded, now_s: float) -> None:
         gpu = self.cluster.gpus[event.gpu_id]
@@ -386,7 +385,7 @@ class Scheduler:
         else:
             entries = self._work_of(gpu, name).entries
         if event.memory_bytes is not None:
-            self._measured(name, event.memory_bytes, now_s)
+            self._sizes.learn(name, event.memory_bytes, now_s)
         # Knowing better what it needs, the same GPU is as good as any, and nobody is to blame.
         avoid = "" if learned else gpu.gpu_id
         self._process_gone(gpu, name, entries, Loss(event.kind, event.reason, avoid, not learned), now_s)

@@ -25,22 +25,11 @@ class Transitions:
     def bring(self, gpu: GpuState, model: str, room: Room, payer: Entry | None, now_s: float) -> float:
         """Make the room and start the load, or the restore; returns the seconds all of it is expected to take."""
         cluster, cache, memory = self._cluster, self._cache, gpu.memory
-        for parked in room.forgotten:
-            self.forget(cluster.gpus[memory.host.parked[parked].gpu_id], parked.model)
+        self._forget_all(gpu, room)
         load_s, near = cluster.load_s(model, gpu), cache.is_near(model, memory)
         if room.victims:
             cluster.thrash.swapped(load_s, now_s)
-        for victim in room.victims:
-            cache.evict(memory, victim)
-            if payer is not None and cache.copies(victim.model) == 1:
-                cache.evictors[victim.model] = payer
-        for victim in room.unloaded:
-            self.unload(gpu, victim.model)
-        expected_s = 0.0
-        for victim in room.offloaded:
-            expected_s += cluster.profiles.offload_s(victim.model, gpu.kind)
-            cache.park(memory, cluster.drop_resident(gpu, victim.model))
-            self._outbox.actions.append(Offload(gpu.gpu_id, victim.model))
+        expected_s = self._clear(gpu, room, payer)
         request_id = None if payer is None else payer.request.request_id
         if model in memory.parked:
             self._outbox.actions.append(Restore(gpu.gpu_id, model, request_id))
@@ -49,6 +38,45 @@ class Transitions:
         resident = cache.reserve(memory, model, cluster.models[model].memory_bytes, now_s)
         resident.in_use, resident.payer, resident.near = True, payer, near
         return expected_s + load_s
+
+    def relieve(self, gpu: GpuState, now_s: float) -> bool:
+        """Have models leave a GPU until the others fit, none of them one that is about to run there. False: not now."""
+        memory = gpu.memory
+        spared = frozenset(self._cluster.queues.models()).union(entry.model for entry in gpu.local_queue)
+        victims = self._cache.choose_victims(memory, 0, now_s, spared)
+        if victims is None:
+            return False
+        spare_bytes = memory.free_bytes + memory.parked_bytes + sum(victim.memory_bytes for victim in victims)
+        for victim in list(victims):
+            if victim.memory_bytes <= spare_bytes:  # one that had to go as well is large enough: what has grown, often
+                spare_bytes -= victim.memory_bytes
+                victims.remove(victim)
+        room = self._cache.room_for(memory, None, 0, victims)
+        self._forget_all(gpu, room)
+        self._clear(gpu, room, None)
+        return True
+
+    def _forget_all(self, gpu: GpuState, room: Room) -> None:
+        for parked in room.forgotten:
+            self.forget(self._cluster.gpus[gpu.memory.host.parked[parked].gpu_id], parked.model)
+
+    def _clear(self, gpu: GpuState, room: Room, payer: Entry | None) -> float:
+        """Have the victims leave; returns the seconds that a load has to wait for them."""
+        cluster, cache, memory = self._cluster, self._cache, gpu.memory
+        for victim in room.victims:
+            cache.evict(memory, victim)
+            if payer is not None and cache.copies(victim.model) == 1:
+                cache.evictors[victim.model] = payer
+        for victim in room.unloaded:
+            self.unload(gpu, victim.model)
+        for victim in room.offloaded:
+            cluster.drop_resident(gpu, victim.model)
+        expected_s = 0.0
+        for victim in room.offloaded:
+            expected_s += cluster.profiles.offload_s(victim.model, gpu.kind)
+            cache.park(memory, victim)
+            self._outbox.actions.append(Offload(gpu.gpu_id, victim.model))
+        return expected_s
 
     def unload(self, gpu: GpuState, model: str) -> None:
         """HOT -> COLD."""

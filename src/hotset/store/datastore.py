@@ -141,6 +141,8 @@ class ProfileRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Most GPU memory that it lately took."""
     sizes_bytes: tuple[int, ...] = ()
     """GPU memory that its newest loads took, on whatever kind, oldest first."""
+    growth_bytes: int = 0
+    """The most that runs added to one of these."""
 
 
 class Datastore(Protocol):

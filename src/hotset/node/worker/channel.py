@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from collections import deque
 from collections.abc import Sequence
 
@@ -26,6 +27,7 @@ from hotset.node.frames import (
     Kind,
     Loaded,
     LoadOrder,
+    Measured,
     Moved,
     OpenOrder,
     answer_kind,
@@ -47,6 +49,7 @@ _ORDERS: dict[int, type[LoadOrder | InspectOrder | OpenOrder]] = {
     Kind.INSPECT: InspectOrder,
     Kind.OPEN: OpenOrder,
 }
+_TIMEVAL = struct.Struct("@ll")
 _GATHERED_PARTS = 256
 """Replies are sent at the latest when this many pieces wait."""
 _JOINED_BYTES = 1024 * 1024
@@ -80,6 +83,7 @@ class Channel:
         self._work: deque[list[Call] | Kind] = deque()
         self._calls: list[Call] = []
         self._bye = False
+        self._patience_s: float | None = None
         self._out: list[bytes | memoryview] = []
 
     # In
@@ -93,15 +97,29 @@ class Channel:
             self._receive()
         return self._orders.popleft()
 
-    def next_work(self) -> list[Call] | Kind:
-        """The calls of the next run, or ``OFFLOAD`` or ``RESTORE``; replies leave before it waits.
+    def next_work(self, patience_s: float | None = None) -> list[Call] | Kind | None:
+        """The calls of the next run, or ``OFFLOAD`` or ``RESTORE``; replies leave before it waits. None: nothing has
+        come for ``patience_s``.
 
         Raises ``ClosedError`` or ``ByeError``.
         """
         while not self._work:
             self.flush()
-            self._receive()
+            self._be_patient(patience_s)
+            try:
+                self._receive()
+            except BlockingIOError:
+                return None
         return self._work.popleft()
+
+    def _be_patient(self, patience_s: float | None) -> None:
+        """How long a read may wait. The kernel sees to it: a call that comes in time costs nothing more."""
+        if patience_s != self._patience_s:
+            self._patience_s = patience_s
+            seconds, rest_s = divmod(patience_s or 0.0, 1.0)
+            self._socket.setsockopt(
+                socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(seconds), int(rest_s * 1e6))
+            )
 
     def poll(self) -> None:
         """Take in what has arrived, without waiting. Raises ``ClosedError`` when the node is gone."""
@@ -140,7 +158,10 @@ class Channel:
         payload[: len(beginning)] = beginning
         filled = len(beginning)
         while filled < length:
-            received = self._socket.recv_into(payload[filled:])
+            try:
+                received = self._socket.recv_into(payload[filled:])
+            except BlockingIOError:  # the rest of a frame is waited for as long as it takes
+                continue
             if not received:
                 raise ClosedError
             filled += received
@@ -169,8 +190,8 @@ class Channel:
 
     @property
     def idle(self) -> bool:
-        """No run has been received that was not handed out."""
-        return not self._work and not self._calls
+        """Nothing has been received that was not handed out, a BYE neither."""
+        return not (self._work or self._calls or self._bye)
 
     # Out
 
@@ -219,6 +240,10 @@ class Channel:
 
     def moved(self, moved: Moved) -> None:
         self._out.append(control(Kind.MOVED, moved))
+        self.flush()
+
+    def measured(self, measured: Measured) -> None:
+        self._out.append(control(Kind.MEASURED, measured))
         self.flush()
 
     def inspected(self, inspected: Inspected) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from hotset.node.worker.converted import MOST_FILES, folder_of, origin_of
-from hotset.node.worker.residency import trim_heap
+from hotset.node.worker.memory import trim_heap
 
 LEAST_BYTES = 16 << 20
 """Smaller files are read in no time."""

@@ -39,8 +39,9 @@ from hotset.node.worker.converted_sessions import watched_sessions
 from hotset.node.worker.fast_load import Incomplete, fast_load
 from hotset.node.worker.faults import classify, describe, load_failure
 from hotset.node.worker.imports import frameworks_of, watched
-from hotset.node.worker.memory import children_bytes, cuda_bytes, measure, private_bytes
-from hotset.node.worker.residency import CannotPark, Residency, pace, trim_heap
+from hotset.node.worker.memory import trim_heap
+from hotset.node.worker.model_memory import LOOK_AGAIN_S, ModelMemory
+from hotset.node.worker.residency import CannotPark, Residency, pace
 from hotset.node.worker.staged_load import staged_load
 from hotset.vocabulary import FailureKind
 
@@ -101,11 +102,14 @@ class Worker:
                 self._channel.failed(failed)
                 return Exit.LOAD_FAILED
             while True:
-                work = self._channel.next_work()
+                work = self._channel.next_work(LOOK_AGAIN_S if self._memory.ran else None)
                 if isinstance(work, list):
                     self._run(work)
-                else:
+                    self._memory.ran = self._memory.counted
+                elif work is not None:
                     self._move(work)
+                if self._memory.ran and perf_counter() >= self._memory.due_s:
+                    self._look()
         except FatalError as error:
             self._channel.failed(error.failed)
             return error.code
@@ -163,27 +167,20 @@ class Worker:
         begin_s = perf_counter()
         try:
             limited = _limit_cuda(order)
-            before_bytes = private_bytes()
+            self._memory = memory = ModelMemory(order)
             runtime, mapped_bytes = self._run_load(runtime, order)
             if not limited:
                 _limit_cuda(order)  # its load imported torch: from here on, at least
         except Exception as error:  # noqa: BLE001 - whatever a user's load raises is reported, with its traceback in the log
             traceback.print_exc()
             return load_failure(error)
-        memory_bytes = 0
-        if order.limit_bytes is not None:
-            growth_bytes = max(0, private_bytes() - before_bytes) + mapped_bytes
-            if order.entry == PROCESS_ENTRY:
-                # What a command takes of a CUDA device only the driver can say, which the node asks.
-                memory_bytes = 0 if order.device.startswith("cuda") else children_bytes()
-            else:
-                memory_bytes = cuda_bytes(emptied=True) or measure(runtime.instance, growth_bytes)
-            if memory_bytes > order.limit_bytes:
-                return Failed(
-                    kind=FailureKind.OUT_OF_MEMORY,
-                    reason=f"takes {_mib(memory_bytes)} once loaded, but its GPU had {_mib(order.limit_bytes)} free",
-                    memory_bytes=memory_bytes,
-                )
+        memory_bytes = memory.loaded(runtime.instance, mapped_bytes)
+        if order.limit_bytes is not None and memory_bytes > order.limit_bytes:
+            return Failed(
+                kind=FailureKind.OUT_OF_MEMORY,
+                reason=f"takes {_mib(memory_bytes)} once loaded, but its GPU had {_mib(order.limit_bytes)} free",
+                memory_bytes=memory_bytes,
+            )
         pace(begin_s, memory_bytes, order.copy_bandwidth)
         self._runtime = runtime
         self._residency = Residency(runtime.instance, order.device, memory_bytes, order.copy_bandwidth)
@@ -215,6 +212,8 @@ class Worker:
     def _move(self, order: Kind) -> None:
         """Offload or restore. After a failure nobody knows where the weights are, so the process ends."""
         assert self._residency is not None
+        if self._memory.ran and not self._memory.on_cuda:
+            self._look()  # it is parked as it is now
         try:
             moved = self._residency.offload() if order is Kind.OFFLOAD else self._residency.restore()
         except CannotPark as reason:
@@ -224,6 +223,15 @@ class Worker:
             traceback.print_exc()
             raise FatalError(load_failure(error), Exit.MOVE_FAILED) from None
         self._channel.moved(moved)
+
+    def _look(self) -> None:
+        """Tell the node what the model takes, if that is news, unless a call is there."""
+        self._channel.flush()
+        self._channel.poll()
+        if self._channel.idle and (measured := self._memory.look()) is not None:
+            self._channel.measured(measured)
+            assert self._residency is not None
+            self._residency.memory_bytes = self._memory.memory_bytes
 
     def _unload(self) -> None:
         if self._runtime is None:

@@ -13,7 +13,6 @@ if its bus has a modelled bandwidth, the copy's time passes all the same.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from typing import Any
 import msgspec
 
 from hotset.node.frames import Moved
-from hotset.node.worker.memory import cuda_bytes, reachable
+from hotset.node.worker.memory import cuda_bytes, reachable, trim_heap
 from hotset.node.worker.slab import Slab
 from hotset.node.worker.staging import ALIGNMENT, Copy, StagingRing, process_ring, whole, why_not_plain
 
@@ -108,7 +107,7 @@ class _Bound(msgspec.Struct, frozen=True):
 
 
 class Residency:
-    """The weights of one loaded function object. ``memory_bytes``: what it took when it was loaded.
+    """The weights of one loaded function object. ``memory_bytes``: what it takes, as last measured.
 
     ``bandwidth``: bytes a second of a virtual GPU's modelled bus; None: copies there take no time.
     """
@@ -116,7 +115,7 @@ class Residency:
     def __init__(self, instance: Any, device: str, memory_bytes: int, bandwidth: float | None = None) -> None:
         self._instance = instance
         self._device = device
-        self._memory_bytes = memory_bytes
+        self.memory_bytes = memory_bytes
         self._bandwidth = bandwidth
         self._on_cuda = device.startswith("cuda")
         self._hooked = all(callable(getattr(instance, name, None)) for name in ("offload", "restore"))
@@ -126,12 +125,12 @@ class Residency:
         """Free the device's memory. Raises ``CannotPark`` when that would take more than the process can do, and
         whatever the function's own ``offload`` raises."""
         begin_s = perf_counter()
-        host_bytes = self._memory_bytes
+        host_bytes = self.memory_bytes
         if self._hooked:
             self._instance.offload()
         elif self._on_cuda:
             host_bytes = self._park()
-        pace(begin_s, self._memory_bytes, self._bandwidth)
+        pace(begin_s, self.memory_bytes, self._bandwidth)
         if not self._on_cuda:
             return Moved(device_bytes=0, host_bytes=host_bytes)
         trim_heap()
@@ -147,8 +146,8 @@ class Residency:
             weights.come_back(slab.tensor, process_ring())
             slab.close()
             self._parked = None
-        pace(begin_s, self._memory_bytes, self._bandwidth)
-        return Moved(device_bytes=(cuda_bytes() if self._on_cuda else None) or self._memory_bytes, host_bytes=0)
+        pace(begin_s, self.memory_bytes, self._bandwidth)
+        return Moved(device_bytes=(cuda_bytes() if self._on_cuda else None) or self.memory_bytes, host_bytes=0)
 
     def _park(self) -> int:
         """Copy what is on the GPU to host memory; the bytes it takes there."""
@@ -181,10 +180,3 @@ def pace(begin_s: float, size_bytes: int, bandwidth: float | None) -> None:
         left_s = begin_s + size_bytes / bandwidth - perf_counter()
         if left_s > 0:
             sleep(left_s)
-
-
-def trim_heap() -> None:
-    """Give freed heap memory back to the system; glibc keeps it otherwise, weights included."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
