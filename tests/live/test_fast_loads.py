@@ -43,6 +43,14 @@ class Saved:
     def predict(self) -> list[str]:
         return [str(self.state["weight"].sum().item()), open("/proc/self/maps").read()]
 """
+PLAIN = """
+import hotset
+
+@hotset.function
+class Plain:
+    def predict(self) -> int:
+        return 1
+"""
 
 
 def verdict(server: LiveServer, name: str) -> str:
@@ -57,7 +65,10 @@ def verdict(server: LiveServer, name: str) -> str:
 def test_fast_loads_are_checked_and_not_used_where_they_are_wrong(tmp_path: Path) -> None:
     wrong = "not used: a tensor of (2,) differs from the ordinary load's"
     with live_server(tmp_path / "data") as server:
-        server.deploy("right", NET % "torch.ones(2)", tmp_path)
+        plain = server.deploy("plain", PLAIN, tmp_path)
+        assert plain["hotset"]["fast_load"] == "nothing to check: it loads neither torch nor ONNX models on a GPU"
+        right = server.deploy("right", NET % "torch.ones(2)", tmp_path)
+        assert right["hotset"].get("fast_load") is None
         server.deploy("wrong", NET % "torch.randn(2)", tmp_path)
         assert verdict(server, "right") == "equal to the ordinary load, bit by bit"
         assert verdict(server, "wrong") == wrong

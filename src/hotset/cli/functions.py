@@ -97,7 +97,7 @@ def describe(name: str, gateway: str, as_json: bool) -> None:
         ("max batch", _batch(details)),
         ("timeout", f"{details['timeout_s']:g} s a run, {details['load_timeout_s']:g} s a load"),
         ("retry", "once, when its process died" if details["retry"] else "never"),
-        *([("fast load", details["fast_load"] or "being checked, if it loads torch or ONNX models")] if on_gpu else []),
+        *([("fast load", details["fast_load"] or "being checked")] if on_gpu else []),
         ("requirements", ", ".join(details["requirements"]) or "none"),
         ("bundle", details["bundle"]),
         ("created", function["createdAt"]),

@@ -82,7 +82,7 @@ class Deployments:
         self._learned: dict[str, list[ProfileRecord]] = defaultdict(list)
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._restoring: set[asyncio.Task[None]] = set()
-        self._load_checks = LoadChecks()
+        self.load_checks = LoadChecks()
 
     # At start and stop
 
@@ -124,7 +124,7 @@ class Deployments:
 
     async def close(self) -> None:
         """Stop what is being installed; what was learned is written down."""
-        await self._load_checks.close()
+        await self.load_checks.close()
         await asyncio.to_thread(self._environments.close)
         for task in list(self._restoring):
             task.cancel()
@@ -191,7 +191,7 @@ class Deployments:
                 if not check.fast and record.name in self.control.functions.current:
                     self._put_in_service(known, path, python)
 
-        self._load_checks.start(record, path, python, checked)
+        self.load_checks.start(record, path, python, checked)
 
     def bundle(self, digest: str) -> BundleRecord:
         """The bundle of this digest; raises ``BundleError`` when it is not on this server."""

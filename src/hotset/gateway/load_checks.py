@@ -24,6 +24,8 @@ SPARE_S = 60.0
 
 MOST_ANSWER_BYTES = 1 << 16
 
+NOTHING_TO_CHECK = "nothing to check: it loads neither torch nor ONNX models on a GPU"
+
 Checked = Callable[[LoadCheck], Awaitable[None]]
 
 
@@ -32,7 +34,14 @@ class LoadChecks:
 
     def __init__(self) -> None:
         self._turn = asyncio.Semaphore(1)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], str] = {}
+        """And the version that each checks."""
+
+    def outcome(self, record: FunctionRecord) -> str | None:
+        """What came of the version's check, for people; None: nothing yet, it is under way or waits for its turn."""
+        if record.load_check is not None:
+            return record.load_check.text
+        return None if record.model in self._tasks.values() else NOTHING_TO_CHECK
 
     def start(self, record: FunctionRecord, path: Path, python: str, checked: Checked) -> None:
         """Have ``checked`` called with what comes of it, if this version has loads that could be made fast."""
@@ -40,8 +49,8 @@ class LoadChecks:
         made_fast = "torch" in record.frameworks or any(path.rglob("*.onnx"))
         if fits and made_fast and record.load_check is None:
             task = asyncio.get_running_loop().create_task(self._run(record, path, python, checked))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[task] = record.model
+            task.add_done_callback(self._tasks.pop)
 
     async def _run(self, record: FunctionRecord, path: Path, python: str, checked: Checked) -> None:
         async with self._turn:

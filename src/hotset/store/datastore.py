@@ -68,7 +68,7 @@ class FunctionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """JSON schema of its input and output, from the signature."""
     client: ClientFields = ClientFields()
     load_check: LoadCheck | None = None
-    """None: its loads are not checked, or not yet."""
+    """None: its loads are not checked (yet)."""
     created_at_s: float
     """Unix time at which this version was deployed."""
 

@@ -190,7 +190,7 @@ class FunctionsApi:
             timeout_s=options.timeout_s,
             load_timeout_s=options.load_timeout_s,
             retry=options.retry,
-            fast_load=record.load_check.text if record.load_check else None,
+            fast_load=self._deployments.load_checks.outcome(record) if version else None,
             gpus=gpus,
             waiting=waiting,
             problem=None if version else self._deployments.unavailable.get(record.name, "it is being restored"),

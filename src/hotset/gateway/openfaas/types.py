@@ -94,7 +94,8 @@ class FunctionDetails(msgspec.Struct, frozen=True, kw_only=True):
     load_timeout_s: float
     retry: bool
     fast_load: str | None = None
-    """What came of comparing its fast load with its ordinary one; None: it is being checked, or has none."""
+    """What came of comparing its fast load with its ordinary one, or that there is nothing to compare; None: not
+    compared yet, or out of service."""
     gpus: list[str]
     """Where it is resident now."""
     waiting: int
