@@ -285,16 +285,20 @@ async def warm(bench: Bench, size: str) -> Iterator[Row]:
 
 
 async def cold(bench: Bench, size: str) -> Iterator[Row]:
-    """COLD -> HOT with every page read, from a file that is not in the page cache."""
+    """COLD -> HOT with every page read, from a file that is not in the page cache, beside the best way to read it. Each
+    way is read as often as it is loaded, and its median counts, not its luck: a virtual machine may have given memory
+    that was freed back to its host, and whoever needs it next waits for that, several times as long as for the disk."""
     spec = bench.encoder(size, TOUCH="1")
-    loads, disks, left = [], [], []
+    loads, left = [], []
+    ways: dict[str, list[float]] = {"disk": [], "disk_by_four": []}
     for _ in range(bench.rounds):
-        disks.append(await bench.floor("disk", size))
+        for way, seconds in ways.items():
+            seconds.append(await bench.floor(way, size))
         await bench.pool_full()
         left.append(await bench.floor("evict", size))
         loads.append((await bench.driver.load(spec)).load_s)
         await bench.driver.unload(spec)
-    load_s, disk_s = statistics.median(loads), statistics.median(disks)
+    load_s, disk_s = statistics.median(loads), min(map(statistics.median, ways.values()))
     return iter(
         [
             Row(
@@ -312,8 +316,8 @@ async def cold(bench: Bench, size: str) -> Iterator[Row]:
 
 
 async def swaps(bench: Bench, count: int = 100) -> Iterator[Row]:
-    """Memory of the node, its zygote and their processes (PSS), after two swaps and after all. The process of the floors
-    is gone meanwhile: its heap keeps much of what they took, which is none of the node's."""
+    """Memory of the node, its zygote and their processes (PSS), after two swaps and after all. The process of the
+    floors is gone meanwhile: its heap keeps much of what they took, which is none of the node's."""
     await bench.driver.unload(bench.floors)
     specs = [bench.encoder("100", number) for number in (1, 2)]
     await bench.driver.load(specs[0])
