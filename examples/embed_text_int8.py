@@ -20,9 +20,12 @@ class EmbedTextInt8:
         self.tokenizer.enable_padding()
         self.tokenizer.enable_truncation(256)
         provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
-        # Folding constants would unpack the 8-bit weights into four times the memory.
+        # Folding constants would unpack the 8-bit weights for good, into four times the memory; an arena would keep what
+        # each run unpacks.
+        options = onnxruntime.SessionOptions()
+        options.enable_cpu_mem_arena = False
         self.session = onnxruntime.InferenceSession(
-            str(weights), providers=[provider], disabled_optimizers=["ConstantFolding"]
+            str(weights), options, providers=[provider], disabled_optimizers=["ConstantFolding"]
         )
 
     def predict(self, text: list[str]) -> list[list[float]]:

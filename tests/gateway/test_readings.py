@@ -11,7 +11,16 @@ from gateway_world import GPU, MIB, World, run, version
 from hotset.cli.replay import arrivals_of, read_recording
 from hotset.gateway.callers import NOBODY, Caller
 from hotset.gateway.metrics import BUCKETS_S, HotsetCollector, exposition
-from hotset.gateway.readings import gpu_metrics, learned, prefetches, processes, smallest_gpu_bytes, thrashing, waiting
+from hotset.gateway.readings import (
+    gpu_metrics,
+    learned,
+    memory_margin,
+    prefetches,
+    processes,
+    smallest_gpu_bytes,
+    thrashing,
+    waiting,
+)
 from hotset.gateway.state import TracedModel, TraceHeader, TraceRow, explain, state_of, trace, trace_header
 from hotset.simulation.traces import open_trace
 from hotset.vocabulary import NORMAL_PRIORITY, Gpu
@@ -168,5 +177,18 @@ def test_what_was_learned_is_ready_for_the_datastore():
         assert cat.inference_s == pytest.approx(0.01)
         assert dog.memory_bytes is None
         assert smallest_gpu_bytes(world.control) == 320 * MIB
+
+    run(story)
+
+
+def test_a_model_that_outgrew_every_gpu_has_no_margin():
+    async def story():
+        world = await World().start(version("cat"))
+        world.behave("cat@1", memory_bytes=80 * MIB)
+        for _ in range(2):
+            await world.finish(world.control.submit("cat", b"x"))
+        largest_bytes = world.control.scheduler.cluster.gpus[GPU].memory.capacity_bytes
+        world.control.measured(GPU, "cat@1", 2 * largest_bytes)
+        assert memory_margin(world.control, "cat@1") == 0
 
     run(story)

@@ -95,12 +95,13 @@ def smallest_gpu_bytes(control: Control) -> int:
 
 
 def memory_margin(control: Control, model: str) -> int | None:
-    """Bytes kept free for the model's next load beside what the last one took; None: none was measured."""
+    """Bytes kept free for the model's next load beside what the last one took, which may be more than any GPU has; None:
+    none was measured."""
     cluster = control.scheduler.cluster
     known = cluster.profiles.footprints.get(model)
     if known is None or known.newest_bytes is None:
         return None
-    return cluster.models[model].memory_bytes - known.newest_bytes
+    return max(0, cluster.models[model].memory_bytes - known.newest_bytes)
 
 
 def learned(control: Control) -> list[ProfileRecord]:
