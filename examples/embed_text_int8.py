@@ -20,8 +20,8 @@ class EmbedTextInt8:
         self.tokenizer.enable_padding()
         self.tokenizer.enable_truncation(256)
         provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
-        # Folding constants would unpack the 8-bit weights for good, into four times the memory; an arena would keep what
-        # each run unpacks.
+        # Folding constants would unpack the 8-bit weights for good, into four times the memory; an arena would keep
+        # what a run unpacks.
         options = onnxruntime.SessionOptions()
         options.enable_cpu_mem_arena = False
         self.session = onnxruntime.InferenceSession(

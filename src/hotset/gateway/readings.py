@@ -95,8 +95,8 @@ def smallest_gpu_bytes(control: Control) -> int:
 
 
 def memory_margin(control: Control, model: str) -> int | None:
-    """Bytes kept free for the model's next load beside what the last one took, which may be more than any GPU has; None:
-    none was measured."""
+    """Bytes kept free for the model's next load beside what the last one took, which may be more than any GPU has;
+    None: none was measured."""
     cluster = control.scheduler.cluster
     known = cluster.profiles.footprints.get(model)
     if known is None or known.newest_bytes is None:
