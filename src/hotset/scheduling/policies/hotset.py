@@ -35,6 +35,8 @@ GPU_TIME_PRICE = 0.3
 most GPUs are idle."""
 URGENCY = 1.5
 """Where room is free: how much more a second weighs for a line that will have waited for a load and a run's time."""
+URGENT_SHARE = 0.3
+"""How much of that counts where room is not free."""
 CROWDING = 8.0
 """How much dearer that time gets for each request, per GPU, that waits for a model that no GPU holds."""
 BLOCKED = 0.2
@@ -82,7 +84,7 @@ class _Candidate(msgspec.Struct, gc=False):
     most_s: float
     """Most that its victims' callers may pay for it."""
     urgent_s: float
-    """What it gains besides where room costs nobody anything."""
+    """What it gains besides where room costs nobody anything; elsewhere a share of it."""
     place: int
     """Of the request, in its line, that the load is for."""
     wait_s: float
@@ -268,7 +270,8 @@ class Hotset:
             load = self._cheapest_load(cluster, candidate.outlook, now_s)
             if load is None:
                 continue
-            if load.price_s < candidate.most_s + (0.0 if load.price_s else candidate.urgent_s):
+            urgent_s = candidate.urgent_s * (URGENT_SHARE if load.price_s else 1.0)
+            if load.price_s < candidate.most_s + urgent_s:
                 entry = lines[candidate.outlook.model][candidate.place]
                 skips = entry is not head
                 return Placement(entry, load.gpu, Rule.EXTRA_COPY, skips=skips, waited_s=candidate.wait_s)
