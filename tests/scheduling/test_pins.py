@@ -169,8 +169,8 @@ def test_one_that_does_not_load_is_tried_again_later_and_later(config):
     assert world.doing("g0") == "loading a"
     world.load_fails("g0", FailureKind.ERROR)
     assert world.scheduler.next_wakeup_s() == 6.0
-    world.arrive("b", patience_s=1.0)
-    assert world.scheduler.next_wakeup_s() == 2.5, "the deadline is sooner: it is looked at half-way"
+    world.arrive("b", patience_s=3.0)
+    assert world.scheduler.next_wakeup_s() == 3.5, "the deadline is sooner: it is looked at half-way"
     world.serve("g0", inference_s=0.5)
     world.wait(4.0)
     world.loaded("g0")

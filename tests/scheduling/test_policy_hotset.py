@@ -52,6 +52,43 @@ class TestOrder:
         assert rule_of(world, miss) is Rule.CHEAPEST_ROOM
         assert world.ends[miss] is End.ANSWERED
 
+    def test_where_requests_queue_up_a_load_of_much_shorter_runs_goes_before_hits(self):
+        world = hotset_world(
+            gpus=(2.0,), models=[model("a", load_s=0.5, inference_s=2.0), model("b", load_s=0.5, inference_s=0.1)]
+        )
+        world.arrive("a")
+        world.loaded("g0", load_s=0.5)
+        shorter, hit = world.arrive("b"), world.arrive("a")
+        world.wait(15.0)
+        world.finish("g0", inference_s=2.0)
+        assert world.doing("g0") == "loading b"
+        assert rule_of(world, shorter) is Rule.SHORTER_LOAD
+        world.drain()
+        assert world.ends[hit] is End.ANSWERED
+
+    @pytest.mark.parametrize(
+        ("load_s", "run_s", "waits_s", "gpus"),
+        [
+            pytest.param(0.5, 1.0, 20.0, (2.0,), id="its runs are not so much shorter"),
+            pytest.param(4.0, 0.1, 30.0, (2.0,), id="nor with its load"),
+            pytest.param(0.8, 0.1, 20.0, (1.0,), id="nor with what its victim loses"),
+            pytest.param(0.5, 0.1, 2.0, (2.0,), id="it has not waited for long"),
+            pytest.param(0.5, 0.1, 20.0, (2.0, 2.0), id="no more wait than there are GPUs"),
+        ],
+    )
+    def test_else_hits_do(self, load_s: float, run_s: float, waits_s: float, gpus: tuple[float, ...]):
+        models = [model("a", load_s=0.5, inference_s=2.0), model("b", load_s=load_s, inference_s=run_s)]
+        world = World("lb", eviction="hotset", gpus=gpus, models=models)
+        for gpu_id in world.devices:
+            world.arrive("a")
+            world.loaded(gpu_id, load_s=0.5)
+        world.scheduler.policy = make_policy("hotset")
+        world.arrive("b")
+        world.arrive("a")
+        world.wait(waits_s)
+        world.finish("g0", inference_s=2.0)
+        assert world.doing("g0") == "running a"
+
     def test_a_hit_takes_the_holder_whose_other_models_are_asked_for_least(self):
         world = hotset_world(gpus=(2.0, 2.0))
         policy, world.scheduler.policy = world.scheduler.policy, make_policy("lb")

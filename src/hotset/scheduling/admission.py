@@ -10,6 +10,8 @@ from hotset.vocabulary import RejectReason, Request
 
 SHORTEST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
+TRY_SHARE = 0.1
+"""Share of a GPU's time for requests whose model's runs have always been too long for them: it may have changed."""
 
 
 class Refusal(msgspec.Struct, frozen=True, gc=False):
@@ -46,7 +48,8 @@ class Admission:
             return self.quarantined(name, now_s)
         if deadline_s is not None:
             need_s = self.least_s(name)
-            if need_s > deadline_s - now_s and not self._leads(name):
+            left_s = deadline_s - now_s
+            if need_s > left_s and not (self._leads(name) and self._may_try(name, left_s, now_s)):
                 return self.hopeless(request, need_s, now_s)
         waiting = cluster.queues.waiting
         if (self._max_queue is not None and waiting >= self._max_queue) or self.is_line_full(name):
@@ -82,6 +85,15 @@ class Admission:
             return False
         works = (cluster.gpus[gpu_id].work for gpu_id in cluster.cache.holders(name))
         return all(work is None or work.model != name for work in works)
+
+    def _may_try(self, name: str, left_s: float, now_s: float) -> bool:
+        """Whether it may be found out if a run still takes too long for a request; a load alone is no objection."""
+        least = self._cluster.profiles.least[name]
+        if least.run_s > left_s:
+            if now_s < least.next_try_s:
+                return False
+            least.next_try_s = now_s + least.run_s / TRY_SHARE
+        return True
 
     def hopeless(self, request: Request, need_s: float, now_s: float) -> Refusal:
         """It could not be answered in time even if it were next."""

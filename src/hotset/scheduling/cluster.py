@@ -106,6 +106,9 @@ class Cluster:
         """The most memory that a GPU has beside what is pinned there; 0: there is none."""
         self._capacity_bytes = 0
         """Of the largest GPU."""
+        self.overload_until_s = 0.0
+        """So long, as a waiting request was given up lately, more is taken to be asked for than can be answered in
+        time: for as long as that request had."""
         self.idle: OrderedDict[GpuState, None] = OrderedDict()
         """GPUs with nothing to do, the one idle longest first."""
         self.prices = Prices(self)

@@ -175,7 +175,7 @@ class Footprint:
 class Least:
     """The best that was seen of a model on any GPU: until then what was declared, and 0 where nothing was."""
 
-    __slots__ = ("load_s", "run_s", "seen_load", "seen_run")
+    __slots__ = ("load_s", "next_try_s", "run_s", "seen_load", "seen_run")
 
     def __init__(self, profile: Profile) -> None:
         self.load_s = min((each for each in (profile.load_s, profile.restore_s) if each is not None), default=0.0)
@@ -183,6 +183,8 @@ class Least:
         self.run_s = profile.inference_s or 0.0
         """Of a request in a run."""
         self.seen_load = self.seen_run = False
+        self.next_try_s = 0.0
+        """When a request that the model's runs are too long for may be let in again (``Admission``)."""
 
     def observe_load(self, seconds: float) -> None:
         self.load_s = min(self.load_s, seconds) if self.seen_load else seconds

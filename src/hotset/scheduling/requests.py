@@ -60,8 +60,10 @@ class OpenRequests:
         self.entries[request.request_id] = entry
         self._cluster.queues.arrived(entry)
         if request.deadline_s is not None:
-            # Nothing is worked out before half of the time is over: most requests have ended by then.
-            self._look_again(entry, (request.arrival_s + request.deadline_s) / 2)
+            # Little is worked out before half of the time is over: most requests have ended by then.
+            half_s = (request.arrival_s + request.deadline_s) / 2
+            hopeless_s = request.deadline_s - self._cluster.profiles.least[entry.model].run_s + PLAY_S
+            self._look_again(entry, max(min(half_s, hopeless_s), request.arrival_s))
 
     def _look_again(self, entry: Entry, at_s: float) -> None:
         heappush(self.deadlines, (at_s, entry.request.request_id, entry))
@@ -89,7 +91,8 @@ class OpenRequests:
 
     def _look_at(self, entry: Entry, now_s: float) -> None:
         """The latest moment to begin is the deadline less the least time it takes; it presses for as long before that
-        as work of that kind usually takes."""
+        as work of that kind usually takes. Where more is asked for than can be answered in time nothing presses: to
+        serve whoever is about to give up is to serve everybody late."""
         deadline_s = entry.request.deadline_s
         assert deadline_s is not None
         if deadline_s <= now_s:
@@ -102,12 +105,13 @@ class OpenRequests:
             hopeless_s = deadline_s - need_s + PLAY_S
             pressing_s = hopeless_s - need_s - self._cluster.profiles.typical_inference_s()
             if hopeless_s <= now_s:
+                self._cluster.overload_until_s = now_s + deadline_s - entry.request.arrival_s
                 self.withdraw(entry)
                 self.reject(entry, self._admission.hopeless(entry.request, need_s, now_s), now_s)
             elif pressing_s > now_s:
                 self._look_again(entry, min(pressing_s, deadline_s))
             else:
-                if not entry.pressed:
+                if not entry.pressed and now_s >= self._cluster.overload_until_s:
                     self._cluster.queues.press(entry)
                 self._look_again(entry, min(hopeless_s, deadline_s))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import islice
 from operator import attrgetter
 
@@ -44,6 +45,13 @@ BLOCKED = 0.2
 would have waited for each other."""
 MOST_HARM = 0.3
 """What a load for a request beyond its caller's share may cost others, as a share of the GPU time that it takes."""
+
+MOST_COUNTED = 64
+"""Requests of a line, the newest ones, of which it is asked whether they would be in time."""
+HITS_ALONE = 5.0
+"""How long the oldest request is passed by for hits as a matter of course, in times of a typical load and run."""
+MUCH_SHORTER = 2.0
+"""How many times as many answers per second of GPU time than hits a load has to give to go before them."""
 
 STAY_LOADS = 4.0
 """How long a GPU that thrashes may stay with a model, in times of its load, although an older request is due."""
@@ -99,7 +107,8 @@ class Hotset:
 
     In this order: the oldest request whose model is on an idle GPU; a load for a model that no GPU holds; a further
     copy of one whose holders cannot drain its line. The oldest request goes first regardless once it was passed over
-    ``max_skips`` times or has waited ``max_wait_s``.
+    ``max_skips`` times or has waited ``max_wait_s``. Where requests cannot all be answered in time, what goes first is
+    what ends most waiting per second of GPU time.
     """
 
     name = "hotset"
@@ -115,9 +124,13 @@ class Hotset:
             return None
         if self._is_due(cluster, head, now_s):
             return self._stay(cluster, head, now_s) or self._in_order(cluster, now_s)
+        if now_s < cluster.overload_until_s:
+            most = self._most_ended(cluster, head, now_s)
+            if most is not None:
+                return most
         hit = self._hit(cluster, head, now_s)
         if hit is not None:
-            return hit
+            return (hit.skips and self._shorter_load(cluster, head, hit, now_s)) or hit
         lines, held = queue.models if len(queue.models) <= MOST_LINES else _look(cluster), cluster.cache.held
         nowhere = [model for model in lines if model not in held]
         if nowhere:
@@ -165,6 +178,48 @@ class Hotset:
             if gpu is not None:
                 return Placement(entry, gpu, Rule.OLDEST_FIRST)
         return None
+
+    def _most_ended(self, cluster: Cluster, head: Entry, now_s: float) -> Placement | None:
+        """In overload: what ends most waiting per second of GPU time, be it a hit or a load; those share its time whom
+        it is in time for."""
+        best: Placement | None = None
+        most, first, queued = -1.0, next(iter(cluster.idle)), cluster.queue.models
+        for model in queued if len(queued) <= MOST_LINES else _look(cluster):
+            line, gpu, load_s = queued[model], cluster.idle_holder(model), 0.0
+            outlook = cluster.prices.outlook(model, gpu or first, now_s)
+            if gpu is None:
+                helped = _helped(cluster, outlook, line, now_s)
+                load = self._cheapest_load(cluster, outlook, now_s) if helped else None
+                if load is None:
+                    continue
+                gpu, load_s = load.gpu, (_soonest_s(cluster, outlook) + RELOAD_PRICE * load.price_s) / helped
+            each_s = load_s + _each_s(cluster, outlook, gpu, len(line))
+            worth = (now_s - line[0].since_s) / each_s if each_s else math.inf
+            if worth > most:
+                most, best = worth, Placement(line[0], gpu, Rule.MOST_ENDED, skips=line[0] is not head)
+        return best
+
+    def _shorter_load(self, cluster: Cluster, head: Entry, hit: Placement, now_s: float) -> Placement | None:
+        """Where requests queue up, hits alone may keep GPUs busy for good: a load after which an answer takes far less
+        GPU time than theirs, load and victims included, goes first."""
+        profiles, queue = cluster.profiles, cluster.queue
+        if queue.waiting <= len(cluster.gpus):
+            return None
+        if now_s - head.since_s < HITS_ALONE * (profiles.typical_load_s() + profiles.typical_inference_s()):
+            return None
+        best, gpu = None, next(iter(cluster.idle))
+        least_s = cluster.inference_s(hit.entry.model, hit.gpu) / MUCH_SHORTER
+        for model in islice(queue.models, MOST_LINES):
+            if model in cluster.cache.held:
+                continue
+            line = queue.models[model]
+            each_s = cluster.load_s(model, gpu) / len(line) + cluster.each_s(model, gpu, len(line))
+            if each_s < least_s:
+                load = self._cheapest_load(cluster, cluster.prices.outlook(model, gpu, now_s), now_s)
+                if load is not None and each_s + RELOAD_PRICE * load.price_s / len(line) < least_s:
+                    least_s = each_s + RELOAD_PRICE * load.price_s / len(line)
+                    best = Placement(line[0], load.gpu, Rule.SHORTER_LOAD, skips=line[0] is not head)
+        return best
 
     def _hit(self, cluster: Cluster, head: Entry, now_s: float) -> Placement | None:
         """The oldest request that needs no load, on the holder that the others' models can best spare."""
@@ -313,6 +368,22 @@ def _load_on(cluster: Cluster, gpu: GpuState, outlook: Outlook, now_s: float) ->
     if cluster.cache.host_memory_bytes and cluster.cache.parked_on(outlook.model):
         total_s += load_s  # it is not the same everywhere
     return _Load(gpu, price_s, total_s)
+
+
+def _helped(cluster: Cluster, outlook: Outlook, line: Sequence[Entry], now_s: float) -> float:
+    """Requests that one more load of a model, begun now, is in time for, those that come while it lasts included; none
+    where its holders, all busy, will have served the line in time."""
+    copies, load_s = outlook.copies, _soonest_s(cluster, outlook)
+    if copies:
+        holder, last_s = cluster.earliest_holder(outlook.model), line[-1].request.deadline_s
+        if holder is None or last_s is None:  # it is on its way there
+            return 0.0
+        if max(holder.busy_until_s, now_s) + len(line) * outlook.run_s / copies <= last_s:
+            return 0.0
+    soonest_s = now_s + load_s + outlook.run_s
+    newest = (entry.request.deadline_s for entry in islice(reversed(line), MOST_COUNTED))
+    in_time = sum(deadline_s is None or deadline_s >= soonest_s for deadline_s in newest)
+    return in_time + outlook.per_s * load_s / (copies + 1)
 
 
 def _soonest_s(cluster: Cluster, outlook: Outlook) -> float:

@@ -25,6 +25,8 @@ class Rule(Enum):
     OUT_OF_ORDER_HIT = "the GPU holds the model of a younger request"
     CHEAPEST_ROOM = "no GPU holds the model; room costs least here"
     EXTRA_COPY = "its holders cannot drain its line as soon as another copy can help"
+    SHORTER_LOAD = "requests queue up, and with a load this model's take far less GPU time than the hits at hand"
+    MOST_ENDED = "more is asked for than can be answered in time; this ends most waiting per second of GPU time"
     LONGER_RUN = "GPUs swap models more than they run them: this one stays with its model for a while"
     OLDEST_FIRST = "it was passed over as often, or has waited as long, as is allowed"
     AHEAD = "every GPU is taken; the model is loaded ahead where it can run soonest"
