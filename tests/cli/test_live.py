@@ -169,6 +169,8 @@ def test_bench_measures_and_replay_asks_what_if(gateway: str, tmp_path: Path) ->
     assert live["runs"][0]["measured"] is True
     again = json.loads(hotset("replay", str(saved), "--json").output)
     assert again == live
+    bounded = hotset("replay", str(saved), "--policy", "hotset", "--max-skips", "1", "--max-wait", "1s", "--json")
+    assert [run["measured"] for run in json.loads(bounded.output)["runs"]] == [True, False]
     bigger = hotset("replay", str(saved), "--policy", "lb", "--gpus", "1", "--gpu-memory", "1GiB", "--load-scale", "2")
     assert "lb + hotset" in bigger.output
     assert "simulated" in bigger.output

@@ -119,6 +119,17 @@ def test_requests_that_could_not_run_show_in_the_table(tmp_path: Path) -> None:
     assert re.search(r"\b\d+ of 60\n", text)
 
 
+def test_the_bounds_on_waiting_can_be_set() -> None:
+    crowded = ("--policy", "hotset", "--rate", "900", "--working-set", "35", "--minutes", "0.5", "--seeds", "1")
+    (usual,), (few_skips,), (short_wait,) = (
+        simulate(*crowded, *bound) for bound in ((), ("--max-skips", "1"), ("--max-wait", "1s"))
+    )
+
+    # In order of arrival hits wait for loads, so there are more of these.
+    assert few_skips["miss_ratio"] > 1.2 * usual["miss_ratio"]
+    assert short_wait["miss_ratio"] > 1.2 * usual["miss_ratio"]
+
+
 def test_every_combination_of_a_list_is_run() -> None:
     runs = simulate(*QUICK, "--policy", "lalb,lalb_o3", "--o3-limit", "0,5", "--load-scale", "1,0.1")
 
@@ -279,6 +290,7 @@ def test_a_trace_without_functions_gets_them_from_a_popularity() -> None:
         (["--gpus", "1", "--fail", "0@1s"], "every GPU failed"),
         (["--max-batch", "4"], "--max-batch and --batch-marginal go together"),
         (["--deadline", "0s"], "a deadline must be above 0"),
+        (["--max-wait", "soon"], "--max-wait: 'soon' is no duration"),
         (["--load", "1s"], "equal models need --model-memory"),
         (["--model-memory", "1GB", "--inference", "1s", "--bandwidth", "0"], "--bandwidth must be above 0"),
         (["--models", "m.csv", "--load", "1s"], "--models says it all"),

@@ -5,11 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+import msgspec
 
 from hotset.cli.output import Table, show_table
+from hotset.functions.units import parse_duration
+
+if TYPE_CHECKING:
+    from hotset.scheduling.policies.interface import PolicySettings
 
 DEFAULT_GATEWAY = "http://127.0.0.1:8080"
 
@@ -32,6 +37,16 @@ def gateway_option(command: F) -> F:
 def json_option(command: F) -> F:
     """``--json``: the answer as JSON on standard output, for programs."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def bounded_waiting(settings: PolicySettings, max_skips: int | None, max_wait: str | None) -> PolicySettings:
+    """With the bounds on waiting that were given: ``--max-skips`` and ``--max-wait``."""
+    changed: dict[str, Any] = {}
+    if max_skips is not None:
+        changed["max_skips"] = max_skips
+    if max_wait is not None:
+        changed["max_wait_s"] = parse_duration(max_wait, "--max-wait")
+    return msgspec.structs.replace(settings, **changed)
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str = "", left: int = 0) -> None:

@@ -12,9 +12,11 @@ import click
 import msgspec
 
 from hotset.cli.comparison import tables
+from hotset.cli.options import bounded_waiting
 from hotset.cli.output import STDOUT, progress, show_table, write_json
 from hotset.errors import ConfigurationError, TraceError, UnknownNameError
 from hotset.functions.units import format_bytes, parse_bytes, parse_duration
+from hotset.scheduling.policies.interface import PolicySettings
 from hotset.simulation.callers import Flood, Shared
 from hotset.simulation.engine import Fault
 from hotset.simulation.experiment import ClusterSpec, ExperimentSpec, run_experiment
@@ -128,6 +130,8 @@ def _working_set(text: str) -> int | None:
     show_default=True,
     help="Most times LALB+O3 lets a request be overtaken.",
 )
+@click.option("--max-skips", type=click.IntRange(min=1), help="The same, of hotset.")
+@click.option("--max-wait", metavar="TIME", help="Then hotset lets it be overtaken no more.")
 @click.option(
     "--load-scale",
     "load_scales",
@@ -234,6 +238,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     seeds: int
     first_seed: int
     o3_limits: tuple[int, ...]
+    max_skips: int | None
+    max_wait: str | None
     load_scales: tuple[float, ...]
     model_memory: str | None
     load: str | None
@@ -295,6 +301,7 @@ def experiment(options: Options) -> ExperimentSpec:
         policies=options.policies or base.policies,
         evictions=options.evictions,
         o3_limits=options.o3_limits,
+        settings=bounded_waiting(PolicySettings(), options.max_skips, options.max_wait),
         load_scales=options.load_scales,
         cluster=cluster,
         seeds=options.seeds,

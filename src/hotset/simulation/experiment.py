@@ -126,6 +126,8 @@ class ExperimentSpec(msgspec.Struct, frozen=True, kw_only=True):
     policies: Sequence[str]
     evictions: Sequence[str] = (BASELINE_EVICTION,)
     o3_limits: Sequence[int] = (PolicySettings().o3_limit,)
+    settings: PolicySettings = PolicySettings()
+    """What else policies read; ``o3_limits`` says the limit."""
     load_scales: Sequence[float] = (1.0,)
     cluster: ClusterSpec = ClusterSpec()
     seeds: int = 1
@@ -211,6 +213,7 @@ class _Case(msgspec.Struct, frozen=True, kw_only=True):
     workload: Workload
     cluster: ClusterSpec
     variants: Sequence[Variant]
+    settings: PolicySettings
     seed: int
     faults: Sequence[Fault]
     deadline_s: float | None
@@ -249,6 +252,7 @@ def _cases(spec: ExperimentSpec) -> list[_Case]:
             workload=workload,
             cluster=spec.cluster,
             variants=_all_variants(spec),
+            settings=spec.settings,
             seed=seed,
             faults=spec.faults,
             deadline_s=spec.deadline_s,
@@ -335,8 +339,9 @@ def _play(case: _Case, progress: Callable[[float], None] = _nobody) -> list[Seed
 def _run(
     case: _Case, variant: Variant, arrivals: Iterable[Arrival], possible: Yardsticks, heard: Callable[[float], None]
 ) -> SeedRun:
-    settings = PolicySettings() if variant.o3_limit is None else PolicySettings(o3_limit=variant.o3_limit)
-    cluster = case.cluster
+    settings, cluster = case.settings, case.cluster
+    if variant.o3_limit is not None:
+        settings = msgspec.structs.replace(settings, o3_limit=variant.o3_limit)
     config = SchedulerConfig(
         host_memory_bytes=cluster.host_memory_bytes,
         overlap=cluster.overlap,
