@@ -135,6 +135,8 @@ class World:
         self.sizes: dict[str, ParkedSize] = {}
         """What models were measured to take while parked."""
         self._last_id = 0
+        self._leaves = 0
+        """The request whose client is just leaving."""
         self._joined = 0
         for gib in gpus:
             self.join(gib)
@@ -164,7 +166,9 @@ class World:
     def cancel(self, request_id: int) -> None:
         if self.open.pop(request_id, None) is not None:
             self.ends[request_id] = End.CANCELLED
+        self._leaves = request_id
         self.handle(RequestCancelled(request_id))
+        self._leaves = 0
 
     def wait(self, seconds: float) -> None:
         """Time passes; ``TimeAdvanced`` comes when the scheduler asked to be woken."""
@@ -318,21 +322,17 @@ class World:
                 self.finish(device.gpu.gpu_id)
 
     def _nobody_may_leave(self, device: Device) -> None:
-        """A GPU that was outgrown is left so only as long as nothing can be done about it."""
-        scheduler = self.scheduler
-        memory = scheduler.cache.memory(device.gpu.gpu_id)
-        assert list(scheduler._sizes.outgrown).count(scheduler.cluster.gpus[device.gpu.gpu_id]) == 1
-        wanted = {
-            *scheduler.cluster.queues.models(),
-            *(entry.model for entry in scheduler.cluster.gpus[device.gpu.gpu_id].local_queue),
-        }
+        """A GPU that was outgrown is left so only as long as nothing can be done about it, or until the next event."""
+        if any(other.in_use or other.lane for other in self.devices.values()):
+            return
+        memory = self.scheduler.cache.memory(device.gpu.gpu_id)
+        waited_for = self.scheduler.cluster.queues.models()
         may_leave = [
             resident.memory_bytes
             for name, resident in memory.residents.items()
-            if name not in {*device.in_use, *memory.pinned, *wanted}
+            if name not in memory.pinned and name not in waited_for
         ]
-        excess_bytes = device.used_bytes - device.gpu.memory_bytes
-        assert memory.copying is not None or sum(may_leave) + memory.parked_bytes < excess_bytes
+        assert sum(may_leave) + memory.parked_bytes < device.used_bytes - device.gpu.memory_bytes
 
     # What came of it
 
@@ -424,7 +424,8 @@ class World:
                     del device.resident[action.model]
             case Reject():
                 assert action.message, "a rejection says why"
-                del self.open[action.request_id]
+                if self.open.pop(action.request_id, None) is None:  # given up before it is known that nobody waits
+                    assert action.request_id == self._leaves, f"{action} of a request that ended"
                 self.ends[action.request_id] = action.reason
                 self.rejects[action.request_id] = action
 
