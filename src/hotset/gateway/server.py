@@ -25,6 +25,7 @@ from hotset.gateway.direct import DirectProtocol
 from hotset.gateway.fronts import DirectFront
 from hotset.gateway.listener import Listener, bind
 from hotset.gateway.openfaas.service import AccessConfig, system_front
+from hotset.gateway.thrash_log import log_thrashing
 from hotset.gateway.v2.front import V2Config, v2_front
 from hotset.gateway.v2.http import INFER_PREFIX
 from hotset.gateway.v2_operations import V2_OPERATIONS
@@ -188,11 +189,12 @@ async def run(
                 listener.when_started(lambda: ready(f"http://{config.host}:{listening.getsockname()[1]}"))
                 gc.collect()
                 gc.freeze()  # what is here now stays: no collection need look at it again
-                saving = asyncio.create_task(_save_profiles(deployments))
+                besides = [asyncio.create_task(task) for task in (_save_profiles(deployments), log_thrashing(control))]
                 try:
                     await listener.serve([listening])
                 finally:
-                    saving.cancel()
+                    for task in besides:
+                        task.cancel()
         finally:
             await control.stop()
             await deployments.close()
