@@ -286,6 +286,16 @@ class TestOverload:
         assert len(copies) == 1
         assert {first, second} <= set(world.open)
 
+    def test_a_hit_is_seen_however_many_models_are_waited_for(self):
+        crowd = [model(f"m{number}") for number in range(100)]
+        world = self.overloaded(*crowd)
+        for each in crowd:
+            world.arrive(each.name, patience_s=60.0)
+        hit = world.arrive("a", patience_s=60.0)
+        world.wait(1.0)
+        world.finish("g0")
+        assert world.running("g0") == (hit,)
+
     def test_strict_order_comes_first(self):
         world = self.overloaded(model("long", inference_s=9.0), gpus=(3.0,))
         old = world.arrive("long", patience_s=300.0)

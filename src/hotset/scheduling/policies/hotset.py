@@ -184,7 +184,9 @@ class Hotset:
         it is in time for."""
         best: Placement | None = None
         most, first, queued = -1.0, next(iter(cluster.idle)), cluster.queue.models
-        for model in queued if len(queued) <= MOST_LINES else _look(cluster):
+        newest = (gpu.memory.residents for gpu in islice(reversed(cluster.idle), MOST_NEW))
+        hits = [model for residents in newest for model in residents if model in queued]
+        for model in dict.fromkeys([*hits, *(queued if len(queued) <= MOST_LINES else _look(cluster))]):
             line, gpu, load_s = queued[model], cluster.idle_holder(model), 0.0
             outlook = cluster.prices.outlook(model, gpu or first, now_s)
             if gpu is None:
