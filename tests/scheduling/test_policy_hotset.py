@@ -322,7 +322,9 @@ class TestPrices:
         prices, gpus, now_s = world.scheduler.cluster.prices, world.scheduler.cluster.gpus, world.now_s
         both = prices.price_s(gpus["g0"], [gpus["g0"].memory.residents["a"]], now_s)
         assert not prices.is_current(gpus["g0"]), "it was priced when it was the only copy"
-        assert prices.room_s(gpus["g0"], 1, now_s) == both
+        room = prices.room(gpus["g0"], 1, now_s, False)
+        assert room is not None
+        assert room.price_s == both
         world.process_dies("g1", "a")
         assert not prices.is_current(gpus["g0"]), "the other copy is gone"
         last = prices.price_s(gpus["g0"], [gpus["g0"].memory.residents["a"]], now_s)

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from hotset.errors import InvariantError
 from hotset.scheduling.parking import HostMemory, ParkedSize, Room
 from hotset.vocabulary import Residency
@@ -21,52 +23,34 @@ if TYPE_CHECKING:
     from hotset.scheduling.queue import Entry
 
 
-class Resident:
+class Resident(msgspec.Struct, gc=False, eq=False):
     """One model on one GPU."""
 
-    __slots__ = (
-        "ahead",
-        "device_bytes",
-        "guessed",
-        "host_bytes",
-        "in_use",
-        "kept_bytes",
-        "last_used_s",
-        "loaded_s",
-        "memory_bytes",
-        "model",
-        "near",
-        "payer",
-        "pinned",
-        "state",
-        "uses",
-    )
-
-    def __init__(self, model: str, memory_bytes: int, now_s: float) -> None:
-        self.model = model
-        self.memory_bytes = memory_bytes
-        self.state = Residency.LOADING
-        self.in_use = False
-        """Loading or running: never a victim."""
-        self.near = False
-        """Its weights were in the node's host memory when its load began."""
-        self.payer: Entry | None = None
-        """The request that it was loaded or restored for; None once that is done and paid for."""
-        self.pinned = False
-        """One of the copies that its model keeps HOT: never a victim."""
-        self.loaded_s = now_s
-        self.last_used_s = now_s
-        self.uses = 0
-        self.ahead = False
-        """Loaded before a request was bound to it, and not used since."""
-        self.guessed = False
-        """Loaded because it was expected to be called, and not used since."""
-        self.host_bytes = 0
-        """Host memory on its node's account: while WARM, and until a restore is done."""
-        self.device_bytes = 0
-        """GPU memory that its process holds while WARM."""
-        self.kept_bytes = 0
-        """Its account is never less than this: it takes less, but runs of it were seen to need that."""
+    model: str
+    memory_bytes: int
+    loaded_s: float
+    """When its load, or restore, was decided."""
+    last_used_s: float = 0.0
+    uses: int = 0
+    state: Residency = Residency.LOADING
+    in_use: bool = False
+    """Loading or running: never a victim."""
+    near: bool = False
+    """Its weights were in the node's host memory when its load began."""
+    payer: Entry | None = None
+    """The request that it was loaded or restored for; None once that is done and paid for."""
+    pinned: bool = False
+    """One of the copies that its model keeps HOT: never a victim."""
+    ahead: bool = False
+    """Loaded before a request was bound to it, and not used since."""
+    guessed: bool = False
+    """Loaded because it was expected to be called, and not used since."""
+    host_bytes: int = 0
+    """Host memory on its node's account: while WARM, and until a restore is done."""
+    device_bytes: int = 0
+    """GPU memory that its process holds while WARM."""
+    kept_bytes: int = 0
+    """Its account is never less than this: it takes less, but runs of it were seen to need that."""
 
 
 @dataclass(slots=True, eq=False)
@@ -351,7 +335,7 @@ class CacheManager:
         if model in memory.residents or memory_bytes > memory.capacity_bytes - memory.used_bytes + held_bytes:
             raise InvariantError(f"{model} cannot be reserved on {memory.gpu_id}: it is there, or there is no room")
         if resident is None:
-            resident = Resident(model, memory_bytes, now_s)
+            resident = Resident(model, memory_bytes, now_s, now_s)
         else:
             host_bytes = resident.host_bytes
             self.unpark(memory, model)

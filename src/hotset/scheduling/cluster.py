@@ -7,6 +7,8 @@ decision looks at a few GPUs, not at all of them.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,21 +28,18 @@ if TYPE_CHECKING:
     from hotset.scheduling.journal import Started
 
 
-class Work:
+class Work(msgspec.Struct, gc=False, eq=False):
     """What a busy GPU is doing: one load and run, or one run."""
 
-    __slots__ = ("entries", "hit", "load_s", "loading", "model", "note", "started_s")
-
-    def __init__(self, model: str, entries: list[Entry], *, hit: bool, now_s: float, loading: bool = False) -> None:
-        self.model = model
-        self.entries = entries
-        self.hit = hit
-        self.loading = loading
-        self.started_s = now_s
-        self.load_s = 0.0
-        """Measured time of the load that came first; 0 for a hit."""
-        self.note: Started | None = None
-        """What the journal keeps of the run."""
+    model: str
+    entries: list[Entry]
+    hit: bool
+    started_s: float
+    loading: bool = False
+    load_s: float = 0.0
+    """Measured time of the load that came first; 0 for a hit."""
+    note: Started | None = None
+    """What the journal keeps of the run."""
 
 
 class GpuState:
@@ -102,6 +101,8 @@ class Cluster:
         self.removed: set[str] = set()
         """Models that are to be forgotten once no GPU uses them."""
         self.gpus: dict[str, GpuState] = {}
+        self.kinds: set[str] = set()
+        """Of these GPUs."""
         self.largest_bytes = 0
         """The most memory that a GPU has beside what is pinned there; 0: there is none."""
         self._capacity_bytes = 0
@@ -211,6 +212,10 @@ class Cluster:
         """The busy holder of the model with the least estimated finish time."""
         return self._holders.earliest(model)
 
+    def idle_residents(self) -> Iterator[str]:
+        """The models on idle GPUs; those on several of them more than once."""
+        return chain.from_iterable(gpu.memory.residents for gpu in self.idle)
+
     def first_waiting_hit(self, gpu: GpuState) -> Entry | None:
         """The oldest waiting request whose model is resident on this GPU.
 
@@ -239,6 +244,8 @@ class Cluster:
         memory = gpu.memory
         if memory.parked and model in memory.parked:
             return self.profiles.restore_s(model, gpu.kind)
+        if not self.cache.host_memory_bytes:
+            return self.profiles.load_s(model, gpu.kind)
         return self.profiles.load_s(model, gpu.kind, near=self.cache.is_near(model, memory))
 
     def inference_s(self, model: str, gpu: GpuState, batch: int = 1) -> float:
@@ -295,6 +302,7 @@ class Cluster:
         self._joined += 1
         state = GpuState(gpu, self._joined, self.cache.add_gpu(gpu.gpu_id, gpu.memory_bytes, gpu.node))
         self.gpus[gpu.gpu_id] = state
+        self.kinds.add(gpu.kind)
         self.largest_bytes = max(self.largest_bytes, gpu.memory_bytes)
         self._holders.joined(state)
         self.set_idle(state)
@@ -303,6 +311,7 @@ class Cluster:
 
     def leave(self, gpu_id: str) -> GpuState:
         gpu = self.gpus.pop(gpu_id)
+        self.kinds = {other.kind for other in self.gpus.values()}
         self.idle.pop(gpu, None)
         self._holders.left(gpu)
         self.cache.drop_gpu(gpu_id)

@@ -71,8 +71,8 @@ class PricedResident(msgspec.Struct, frozen=True, gc=False):
     """How many there were when it was priced; with another number the price is void."""
 
 
-class _Room(msgspec.Struct, frozen=True, gc=False):
-    """The cheapest way to make room."""
+class PricedRoom(msgspec.Struct, frozen=True, gc=False):
+    """The cheapest way to make room on a GPU."""
 
     victims: list[Resident]
     price_s: float
@@ -90,7 +90,7 @@ class GpuPrices(msgspec.Struct, gc=False):
     is_ranked: bool = False
     ranked: list[PricedResident] = []
     """Cheapest to lose first."""
-    rooms: dict[tuple[int, int], _Room | None] = {}
+    rooms: dict[tuple[int, int], PricedRoom | None] = {}
     """By the bytes that were missing, and the ranks (as bits) of those who may not go."""
 
 
@@ -125,7 +125,7 @@ class Prices:
         """What is expected of the model, on GPUs of that one's kind; maybe a little old."""
         outlook = self.known.get(model)
         if outlook is None or now_s >= outlook.fresh_until_s or outlook.kind != gpu.kind:
-            outlook = self._look_out(model, gpu.kind, now_s)
+            return self._look_out(model, gpu.kind, now_s)
         holders = self._cache.held.get(model)
         copies = len(holders) if holders is not None else 0
         if outlook.copies != copies:
@@ -135,44 +135,53 @@ class Prices:
         return outlook
 
     def _look_out(self, model: str, kind: str, now_s: float) -> Outlook:
-        profiles, rates = self._cluster.profiles, self._rates
-        near = self._cache.is_near(model)
-        per_s, load_s = rates.per_s(model, now_s), profiles.load_s(model, kind, near=near)
-        expected = per_s * HORIZON_LOADS * profiles.typical_load_s()
-        parked_s = math.inf
-        if self._cache.host_memory_bytes:
+        profiles, rates, cache = self._cluster.profiles, self._rates, self._cache
+        per_s, run_s = rates.per_s(model, now_s), profiles.inference_s(model, kind)
+        if cache.host_memory_bytes:
+            load_s = profiles.load_s(model, kind, near=cache.is_near(model))
             parked_s = profiles.offload_s(model, kind) + profiles.restore_s(model, kind)
+        else:
+            load_s, parked_s = profiles.load_s(model, kind), math.inf
+        expected = per_s * HORIZON_LOADS * profiles.typical_load_s()
+        holders = cache.held.get(model)
+        copies = len(holders) if holders is not None else 0
         outlook = self.known[model] = Outlook(
             model,
             kind,
             per_s,
             load_s,
-            profiles.inference_s(model, kind),
+            run_s,
             parked_s,
             expected / (1.0 + expected),
             self._cluster.models[model].max_batch > 1,
             now_s + FRESH_SHARE * rates.history_s(now_s),
+            copies,
+            per_s * run_s / copies if copies else 0.0,
         )
         return outlook
+
+    def _outlooks(self, gpu: GpuState, now_s: float) -> list[Outlook]:
+        """Of its residents, in their order."""
+        known, held, kind, outlooks = self.known, self._cache.held, gpu.kind, list[Outlook]()
+        for model in gpu.memory.residents:
+            outlook = known.get(model)
+            if outlook is None or now_s >= outlook.fresh_until_s or outlook.kind != kind:
+                outlook = self._look_out(model, kind, now_s)
+            elif outlook.copies != len(held[model]):
+                outlook = self.outlook(model, gpu, now_s)
+            outlooks.append(outlook)
+        return outlooks
 
     def utilisation(self, gpu: GpuState, now_s: float) -> float:
         """The share of its time that requests for its residents take, were each spread evenly over its copies."""
         prices = gpu.prices
         if prices is None or prices.version != gpu.memory.version or now_s >= prices.fresh_until_s:
-            prices = self._price(gpu, now_s)
+            prices = self._price(gpu, self._outlooks(gpu, now_s), now_s)
         return prices.utilisation
 
     def price_s(self, gpu: GpuState, victims: Sequence[Resident], now_s: float) -> float:
         """What losing these residents would cost their callers."""
-        return sum(self._loss_s(gpu, victim.model, now_s) for victim in victims)
-
-    def room_s(self, gpu: GpuState, missing_bytes: int, now_s: float) -> float | None:
-        """The price of ``cheapest_victims``, to compare GPUs by: maybe not the newest (``is_current``).
-
-        Of a busy GPU: what it will be when the model that it runs may go as well.
-        """
-        room = self._room(gpu, missing_bytes, now_s, gpu.work is not None)
-        return room.price_s if room is not None else None
+        return sum(self._loss_s(gpu, self.outlook(victim.model, gpu, now_s), now_s) for victim in victims)
 
     def is_current(self, gpu: GpuState) -> bool:
         """Whether the GPU's prices are those of now; where copies have come or gone elsewhere they are forgotten."""
@@ -185,21 +194,19 @@ class Prices:
             prices.changes = cache.changes
         return True
 
-    def cheapest_victims(self, gpu: GpuState, missing_bytes: int, now_s: float) -> list[Resident] | None:
-        """The residents whose going makes that much room for least; models that somebody waits for only in need.
+    def room(self, gpu: GpuState, missing_bytes: int, now_s: float, ahead: bool) -> PricedRoom | None:
+        """The residents whose going makes that much room for least; models that somebody waits for only in need. Its
+        price is maybe not the newest (``is_current``). None: the room cannot be made.
 
         Exact for up to ``MOST_COMPARED`` residents; with more, the cheapest ones until there is room, less those that
-        prove not to be needed. None: the room cannot be made.
+        prove not to be needed. ``ahead``: once the models in use may go as well.
         """
-        self.is_current(gpu)
-        room = self._room(gpu, missing_bytes, now_s, False)
-        return room.victims if room is not None else None
-
-    def _room(self, gpu: GpuState, missing_bytes: int, now_s: float, ahead: bool) -> _Room | None:
         prices, memory = gpu.prices, gpu.memory
         if prices is None or prices.version != memory.version or now_s >= prices.fresh_until_s or not prices.is_ranked:
             prices = self.ranked(gpu, now_s)
-        lines, ranked, staying = self._cluster.queues.wanted(), prices.ranked, 0
+        queues = self._cluster.queues
+        lines = queues.wanted() if queues.several else queues.main.models.keys()
+        ranked, staying = prices.ranked, 0
         all_spare = ahead or (gpu.work is None and memory.copying is None and not memory.spares)
         if not all_spare or not lines.isdisjoint(memory.residents):
             left_bytes = missing_bytes
@@ -211,18 +218,20 @@ class Prices:
             if staying and left_bytes > 0:  # then those too that somebody waits for
                 return _cheapest_room([one for one in ranked if ahead or not one.resident.in_use], missing_bytes)
         rooms, asked = prices.rooms, (missing_bytes, staying)
-        if asked not in rooms:
-            spare = ranked if not staying else [one for rank, one in enumerate(ranked) if not staying >> rank & 1]
-            rooms[asked] = _cheapest_room(spare, missing_bytes)
-        return rooms[asked]
+        if asked in rooms:
+            return rooms[asked]
+        spare = ranked if not staying else [one for rank, one in enumerate(ranked) if not staying >> rank & 1]
+        room = rooms[asked] = _cheapest_room(spare, missing_bytes)
+        return room
 
     def ranked(self, gpu: GpuState, now_s: float) -> GpuPrices:
         """Its prices, with its residents ranked."""
-        prices = gpu.prices
+        prices, outlooks = gpu.prices, None
         if prices is None or prices.version != gpu.memory.version or now_s >= prices.fresh_until_s:
-            prices = self._price(gpu, now_s)
+            outlooks = self._outlooks(gpu, now_s)
+            prices = self._price(gpu, outlooks, now_s)
         if not prices.is_ranked:
-            prices.ranked, prices.is_ranked = self._rank(gpu, now_s), True
+            prices.ranked, prices.is_ranked = self._rank(gpu, outlooks or self._outlooks(gpu, now_s), now_s), True
         return prices
 
     def another_copy_s(self, gpu: GpuState, model: str, now_s: float) -> float:
@@ -260,9 +269,8 @@ class Prices:
         now_busy = self._all_busy(model, None, now_s)
         return self._runs_s(outlook) * (now_busy / copies - now_busy * LEAST_UTILISATION / (copies + 1))
 
-    def _loss_s(self, gpu: GpuState, model: str, now_s: float) -> float:
+    def _loss_s(self, gpu: GpuState, outlook: Outlook, now_s: float) -> float:
         """The last copy: the next request pays a load, if it comes within the horizon. Another: more waiting."""
-        outlook = self.outlook(model, gpu, now_s)
         copies, back_s = outlook.copies, outlook.load_s
         if self._cache.host_memory_bytes:
             back_s = self._back_s(gpu, outlook)
@@ -270,7 +278,7 @@ class Prices:
             return outlook.wanted * back_s
         if copies > MANY_COPIES:
             return 0.0
-        without = self._all_busy(model, gpu, now_s)
+        without = self._all_busy(outlook.model, gpu, now_s)
         with_it = without * self.utilisation(gpu, now_s)
         saved_s = self._runs_s(outlook) * (without / (copies - 1) - with_it / copies)
         return min(saved_s, back_s)
@@ -298,11 +306,11 @@ class Prices:
                 product *= self.utilisation(gpu, now_s)
         return product
 
-    def _price(self, gpu: GpuState, now_s: float) -> GpuPrices:
+    def _price(self, gpu: GpuState, outlooks: Sequence[Outlook], now_s: float) -> GpuPrices:
         """Prices of what it holds now. Its residents are ranked once somebody asks for room."""
         utilisation = 0.0
-        for model in gpu.memory.residents:
-            utilisation += self.outlook(model, gpu, now_s).share
+        for outlook in outlooks:
+            utilisation += outlook.share
         prices = gpu.prices = GpuPrices(
             gpu.memory.version,
             min(max(utilisation, LEAST_UTILISATION), MOST_UTILISATION),
@@ -311,17 +319,16 @@ class Prices:
         )
         return prices
 
-    def _rank(self, gpu: GpuState, now_s: float) -> list[PricedResident]:
+    def _rank(self, gpu: GpuState, outlooks: Sequence[Outlook], now_s: float) -> list[PricedResident]:
         """The GPU's residents that may be lost, cheapest to lose first."""
         ranked, parks = list[PricedResident](), self._cache.host_memory_bytes > 0
-        for model, resident in gpu.memory.residents.items():
+        for resident, outlook in zip(gpu.memory.residents.values(), outlooks, strict=True):
             if not resident.pinned:
-                outlook = self.outlook(model, gpu, now_s)
                 copies = outlook.copies
                 if copies == 1 and not parks:
                     price_s = outlook.wanted * outlook.load_s
                 else:
-                    price_s = self._loss_s(gpu, model, now_s)
+                    price_s = self._loss_s(gpu, outlook, now_s)
                 ranked.append(PricedResident(price_s, resident, copies))
         if len(ranked) > 1:
             ranked.sort(key=_by_price)
@@ -331,10 +338,10 @@ class Prices:
 _by_price = attrgetter("price_s")
 
 
-def _cheapest_room(ranked: Sequence[PricedResident], missing_bytes: int) -> _Room | None:
+def _cheapest_room(ranked: Sequence[PricedResident], missing_bytes: int) -> PricedRoom | None:
     """The cheapest way to make room of these residents; None if they are too small."""
     if ranked and (first := ranked[0]).resident.memory_bytes >= missing_bytes:
-        return _Room([first.resident], first.price_s)  # as any search would find
+        return PricedRoom([first.resident], first.price_s)  # as any search would find
     held_bytes = 0
     for one in ranked:
         held_bytes += one.resident.memory_bytes
@@ -344,7 +351,7 @@ def _cheapest_room(ranked: Sequence[PricedResident], missing_bytes: int) -> _Roo
     price_s = 0.0
     for one in victims:
         price_s += one.price_s
-    return _Room([one.resident for one in victims], price_s)
+    return PricedRoom([one.resident for one in victims], price_s)
 
 
 def _cheap(ranked: Sequence[PricedResident], missing_bytes: int) -> list[PricedResident]:
@@ -364,19 +371,20 @@ def _cheap(ranked: Sequence[PricedResident], missing_bytes: int) -> list[PricedR
 def _cheapest(ranked: Sequence[PricedResident], missing_bytes: int) -> list[PricedResident]:
     """The set of least price that makes the room, by depth-first search: the cheapest first, so bounds bite early."""
     best: list[PricedResident] = []
-    best_s = math.inf
-
-    def extend(start: int, missing: int, price_s: float, chosen: list[PricedResident]) -> None:
-        nonlocal best, best_s
-        for index in range(start, len(ranked)):
-            one = ranked[index]
-            total_s = price_s + one.price_s
-            if total_s >= best_s:
-                return  # the rest is at least as dear
-            if one.resident.memory_bytes >= missing:
-                best, best_s = [*chosen, one], total_s
-                return
-            extend(index + 1, missing - one.resident.memory_bytes, total_s, [*chosen, one])
-
-    extend(0, missing_bytes, 0.0, [])
-    return best
+    best_s, price_s, index = math.inf, 0.0, 0
+    chosen: list[PricedResident] = []
+    before: list[tuple[int, int, float]] = []  # each choice: its index, what was missing, and the price without it
+    while True:
+        if index < len(ranked) and (total_s := price_s + (one := ranked[index]).price_s) < best_s:
+            if one.resident.memory_bytes < missing_bytes:
+                chosen.append(one)
+                before.append((index, missing_bytes, price_s))
+                missing_bytes -= one.resident.memory_bytes
+                price_s, index = total_s, index + 1
+                continue
+            best, best_s = [*chosen, one], total_s
+        if not chosen:  # what comes after is at least as dear
+            return best
+        chosen.pop()
+        index, missing_bytes, price_s = before.pop()
+        index += 1

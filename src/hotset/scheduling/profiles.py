@@ -213,9 +213,12 @@ class Profiles:
         self._any_copy = Average(None)
         """Seconds a byte of restores and offloads, of all models: both are copies over the same bus."""
         self._any_run = Average(None)
+        self.longest_run_s = DEFAULT_INFERENCE_S
+        """No run of one request is expected to take longer (read only)."""
 
     def add(self, model: Model) -> None:
         self._models[model.name] = model
+        self._bound_runs(model.profile.inference_s or 0.0)
         self.least.setdefault(model.name, Least(model.profile))
         self.footprints.setdefault(model.name, Footprint(model.profile.sizes_bytes, model.profile.growth_bytes))
 
@@ -303,10 +306,15 @@ class Profiles:
             self._any_copy.observe(seconds / copied_bytes)
 
     def observe_run(self, model: str, kind: str, batch: int, seconds: float) -> None:
+        if seconds >= self.longest_run_s:
+            self._bound_runs(seconds)
         (self._runs.get((model, kind)) or self._run(model, kind)).observe(batch, seconds)
         self._any_run.observe(seconds / batch)
         if model in self.least:
             self.least[model].observe_run(seconds / batch)
+
+    def _bound_runs(self, seconds: float) -> None:
+        self.longest_run_s = max(self.longest_run_s, seconds * 1.000001)  # means of these are rounded
 
     def _load(self, model: str, kind: str) -> Typical:
         declared = self._models.get(model)

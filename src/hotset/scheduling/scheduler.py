@@ -199,7 +199,7 @@ class Scheduler:
                 self._copy(pin.gpu, pin.model, pin.room, None, now_s)
             else:
                 expected_s = self._transitions.bring(pin.gpu, pin.model, pin.room, None, now_s)
-                work = Work(pin.model, [], hit=False, now_s=now_s, loading=True)
+                work = Work(pin.model, [], hit=False, started_s=now_s, loading=True)
                 self.cluster.set_busy(pin.gpu, work, now_s + expected_s)
 
     def _load_ahead(self, prefetcher: Prefetcher, now_s: float) -> None:
@@ -224,7 +224,7 @@ class Scheduler:
         cluster, memory, model = self.cluster, gpu.memory, entry.model
         self._queues.started(entry, gpu)
         if model in memory.residents and memory.copying != model:
-            self._run(gpu, Work(model, [entry], hit=entry.loaded_on != gpu.gpu_id, now_s=now_s), rule, now_s)
+            self._run(gpu, Work(model, [entry], hit=entry.loaded_on != gpu.gpu_id, started_s=now_s), rule, now_s)
             return
         room = self._transitions.room(gpu, model, now_s)
         if room is None and memory.copying is None:  # else it waits there for its own load, or for another's to end
@@ -240,7 +240,7 @@ class Scheduler:
             return
         assert room is not None, "without overlap, nothing is on its way to an idle GPU"
         expected_s = self._transitions.bring(gpu, model, room, entry, now_s)
-        work = Work(model, [entry], hit=False, now_s=now_s, loading=True)
+        work = Work(model, [entry], hit=False, started_s=now_s, loading=True)
         cluster.set_busy(gpu, work, now_s + expected_s + cluster.inference_s(model, gpu))
 
     def _copy(self, gpu: GpuState, model: str, room: Room, payer: Entry | None, now_s: float) -> None:

@@ -47,6 +47,8 @@ class Queues:
         """In the order in which policies are asked about them; there are others only once they were needed."""
         self.several = False
         """Whether there is more than the main queue to look at (read only)."""
+        self.contended = False
+        """Whether there is anybody to be fair to, at any priority (read only)."""
         self.usage: dict[str, Usage] = {}
         """By caller."""
         self._shares = {NORMAL_PRIORITY: FairShares(self._unit_s)}
@@ -69,6 +71,7 @@ class Queues:
         entry.account = shares.open(request, usage)
         entry.since_s = request.arrival_s
         if shares.contended and not contended:
+            self.contended = True
             self._contend(shares, request.priority)
         if not self._is_crowded(shares):
             self._expect(entry, request.arrival_s)
@@ -114,6 +117,8 @@ class Queues:
         """A request is over, however it ended."""
         assert entry.account is not None
         self._shares[entry.request.priority].ended(entry, entry.account)
+        if self.contended:
+            self.contended = any(shares.contended for shares in self._shares.values())
 
     # What policies and the Scheduler ask
 
@@ -132,8 +137,6 @@ class Queues:
 
     def wanted(self) -> AbstractSet[str]:
         """Those that anybody waits for whose standing is at least that of the queue in turn."""
-        if not self.several:
-            return self.main.models.keys()
         least = self._cluster.queue.standing
         return set().union(*(queue.models for queue in self.all if queue.standing <= least))
 

@@ -26,7 +26,7 @@ class Transitions:
         """Make the room and start the load, or the restore; returns the seconds all of it is expected to take."""
         cluster, cache, memory = self._cluster, self._cache, gpu.memory
         self._forget_all(gpu, room)
-        load_s, near = cluster.load_s(model, gpu), cache.is_near(model, memory)
+        load_s, near = cluster.load_s(model, gpu), cache.host_memory_bytes > 0 and cache.is_near(model, memory)
         if room.victims:
             cluster.thrash.swapped(load_s, now_s)
         expected_s = self._clear(gpu, room, payer)
@@ -34,7 +34,7 @@ class Transitions:
         if model in memory.parked:
             self._outbox.actions.append(Restore(gpu.gpu_id, model, request_id))
         else:
-            self._outbox.actions.append(Load(gpu.gpu_id, model, request_id, cache.copies(model) > 0))
+            self._outbox.actions.append(Load(gpu.gpu_id, model, request_id, model in cache.held))
         resident = cache.reserve(memory, model, cluster.models[model].memory_bytes, now_s)
         resident.in_use, resident.payer, resident.near = True, payer, near
         return expected_s + load_s

@@ -16,11 +16,15 @@ class Hotset(EvictionPolicy):
         return self.choose(memory, memory.capacity_bytes, now_s) or ()
 
     def choose(self, memory: GpuMemory, missing_bytes: int, now_s: float) -> list[Resident] | None:
-        cluster = self.cluster
-        return cluster.prices.cheapest_victims(cluster.gpus[memory.gpu_id], missing_bytes, now_s)
+        prices, gpu = self.cluster.prices, self.cluster.gpus[memory.gpu_id]
+        prices.is_current(gpu)
+        room = prices.room(gpu, missing_bytes, now_s, False)
+        return room.victims if room is not None else None
 
     def price_s(self, memory: GpuMemory, missing_bytes: int, now_s: float) -> float | None:
-        return self.cluster.prices.room_s(self.cluster.gpus[memory.gpu_id], missing_bytes, now_s)
+        gpu = self.cluster.gpus[memory.gpu_id]
+        room = self.cluster.prices.room(gpu, missing_bytes, now_s, gpu.work is not None)
+        return room.price_s if room is not None else None
 
     def used(self, memory: GpuMemory, resident: Resident) -> None:
         """Prices that are old are worked out anew now: a load that comes to this GPU later has less to wait for."""

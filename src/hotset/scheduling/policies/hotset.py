@@ -145,7 +145,8 @@ class Hotset:
     def _is_due(self, cluster: Cluster, head: Entry, now_s: float) -> bool:
         """Whether the oldest request may be passed over no more. One whose model has all its copies waits for these,
         not for GPUs that others could take. What is beyond its caller's share waits for what others leave."""
-        if cluster.queues.sparing:
+        queues = cluster.queues
+        if queues.contended and queues.sparing:
             return False
         if cluster.is_spread(head.model):
             others = (line[0] for model, line in cluster.queue.models.items() if not cluster.is_spread(model))
@@ -280,7 +281,10 @@ class Hotset:
             return False
         lines, latest_s = cluster.queue.models.keys(), now_s + load.total_s
         for gpu in cluster.gpus.values():
-            if gpu.work is not None and gpu.busy_until_s < latest_s and lines.isdisjoint(gpu.memory.residents):
+            work = gpu.work
+            if work is None or gpu.busy_until_s >= latest_s or work.model in lines:
+                continue
+            if lines.isdisjoint(gpu.memory.residents):
                 other = _load_on(cluster, gpu, outlook, now_s)
                 if other is not None and max(gpu.busy_until_s, now_s) + other.total_s < latest_s:
                     return True
@@ -336,6 +340,12 @@ class Hotset:
 
     def _cheapest_load(self, cluster: Cluster, outlook: Outlook, now_s: float) -> _Load | None:
         """The idle GPU on which room for the model costs least; the one idle longest of equals."""
+        if len(cluster.idle) == 1:
+            gpu = next(iter(cluster.idle))
+            if gpu.memory.copying is not None:
+                return None
+            cluster.prices.is_current(gpu)
+            return _load_on(cluster, gpu, outlook, now_s)
         while True:
             best: _Load | None = None
             for gpu in islice(cluster.idle, MOST_GPUS):
@@ -365,7 +375,8 @@ def _load_on(cluster: Cluster, gpu: GpuState, outlook: Outlook, now_s: float) ->
     typical_run_s = cluster.profiles.typical_inference_s()
     coming = prices.utilisation(gpu, now_s) * busy_s / typical_run_s if typical_run_s else 0.0
     total_s = price_s + BLOCKED * coming * busy_s / 2
-    if total_s > MOST_HARM * (load_s + outlook.run_s) and cluster.queues.sparing:
+    queues = cluster.queues
+    if queues.contended and total_s > MOST_HARM * (load_s + outlook.run_s) and queues.sparing:
         return None
     if cluster.cache.host_memory_bytes and cluster.cache.parked_on(outlook.model):
         total_s += load_s  # it is not the same everywhere
@@ -419,7 +430,8 @@ def _by_most_worth(cluster: Cluster, models: list[str], now_s: float) -> list[_L
         count = len(line)
         waiting_s = count * (young_s - line[0].since_s)
         load_s = _soonest_s(cluster, outlook) if parks else outlook.load_s
-        gpu_s = load_s + (outlook.run_s if count == 1 else count * _each_s(cluster, outlook, gpu, count))
+        each_s = _each_s(cluster, outlook, gpu, count) if outlook.batches else outlook.run_s
+        gpu_s = load_s + count * each_s
         lines.append(_Line(outlook, waiting_s, gpu_s, waiting_s / gpu_s if gpu_s else math.inf))
     if len(lines) > 1:
         lines.sort(key=_most_worth, reverse=True)

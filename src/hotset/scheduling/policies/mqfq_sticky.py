@@ -20,9 +20,7 @@ The least start is found by a heap, and hits by what idle GPUs hold, so a decisi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from heapq import heappop, heappush, heapreplace
-from itertools import chain
 
 import msgspec
 
@@ -129,7 +127,7 @@ class MqfqSticky:
         """Of the flows whose model is on an idle GPU, the one with the least start."""
         lines = cluster.queue.models
         best: _Place | None = None
-        for model in lines if len(lines) < len(cluster.idle) else _held(cluster):
+        for model in lines if len(lines) < len(cluster.idle) else cluster.idle_residents():
             line = lines.get(model)
             if line is not None and not self._is_throttled(model):
                 place = _Place(self._flows[model].start_s, line[0].seq, model)
@@ -162,8 +160,3 @@ class MqfqSticky:
 
     def _is_throttled(self, model: str) -> bool:
         return self._flows[model].start_s - self._virtual_s > self.overrun_s
-
-
-def _held(cluster: Cluster) -> Iterator[str]:
-    """Models on idle GPUs."""
-    return chain.from_iterable(gpu.memory.residents for gpu in cluster.idle)
