@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hotset.scheduling.cluster import Cluster
-from hotset.scheduling.queue import Entry, GlobalQueue, Place, Standing
+from hotset.scheduling.queue import Entry, GlobalQueue, Place, Share, Standing
 from hotset.scheduling.scheduler import Scheduler
 from hotset.vocabulary import Residency
 
@@ -170,7 +170,7 @@ def check_standing(scheduler: Scheduler) -> None:
     for queue in queues.all:
         for entry in queue.in_order():
             assert entry.queue is queue
-            assert queue.standing == Standing(-entry.request.priority, not entry.owed, not entry.pressed)
+            assert queue.standing == Standing(-entry.request.priority, entry.share, not entry.pressed)
     for priority, shares in queues._shares.items():
         opened = [entry for entry in scheduler._entries.values() if entry.request.priority == priority]
         for caller, account in shares.accounts.items():
@@ -179,9 +179,13 @@ def check_standing(scheduler: Scheduler) -> None:
             assert all(entry.request.caller == caller for entry in own)
             assert (caller in shares._idle) == (not own)
             assert account.promised_s == pytest.approx(sum(entry.promised_s for entry in own), abs=1e-6)
-            held = [entry for entry in own if entry.place is Place.QUEUED and not entry.owed]
-            if shares.contended and not any(entry.attempts or entry.gpu_id for entry in held):
-                assert set(map(id, held)) <= set(map(id, account.backlog)), "nobody is forgotten"
+            assert account.waiting_s == pytest.approx(sum(entry.run_s for entry in account.waiting), abs=1e-6)
+            assert account.beyond == (account in shares._beyond)
+            assert set(map(id, account.waiting)) <= set(map(id, own))
+            queued = [entry for entry in own if entry.place is Place.QUEUED]
+            if shares.contended:
+                assert set(map(id, queued)) <= set(map(id, account.waiting)), "nobody is forgotten"
+                assert all((entry.share is Share.WITHIN) != account.beyond for entry in queued)
         weights = sum(account.weight for account in shares.accounts.values() if account.open)
         assert shares._open_weight == pytest.approx(weights, abs=1e-6)
 

@@ -1,24 +1,25 @@
-"""Fair shares: who has had less of the GPUs' time than is due to him, and so goes first.
+"""Fair shares: who waits for more of the GPUs' time than is his, and goes after all others.
 
-Start-time fair queueing, turned into a question with two answers. Every caller has an account of the GPU seconds spent
-on him, the loads that he caused included, divided by his weight. While a caller, with what he was promised already, has
-had less than the one who has had *most*, by more than a slack, his next request is *owed* to him, and no request that
-is not owed is considered before it. What the owed ones leave is everybody's. Who asks, and when: ``standing.py``.
+Whoever waits for more work than his part of ``CROWD`` loads and runs on every GPU is *beyond* his share, with all that
+he waits for, until it is half as much; his requests are considered after those of callers *within* theirs. So nobody
+waits behind another's backlog, and a flood is served with what the others leave.
 
-So a caller who is alone is never held back, a flood is served with what the others leave, or with as much as any of
-them gets where they leave less, and all others meet the policy as if they were one. What is remembered is bounded:
-nobody is ever more than ``CREDIT`` behind, so neither a long silence nor an old flood counts for long.
+Those who are beyond go by what they have had. Every caller has an account of the GPU seconds spent on him, the loads
+that he caused included, divided by his weight. One who, with what he was promised already, has had less than the one
+who has had *most*, by more than a slack, is *behind*: his next request goes before all others of those beyond. What is
+remembered is bounded: nobody is ever more than ``CREDIT`` behind, so neither a long silence nor an old flood counts for
+long. Who asks, and when: ``standing.py``.
 
-After Goyal, Vin, Cheng, "Start-time Fair Queueing", SIGCOMM 1996: virtual time is clocked by the service itself, and
-work is charged for when it begins. The two answers are those of a network that marks what exceeds the agreed rate.
-Different from both: the order of those with the same answer is the policy's business, as locality is worth more than
-the exact order.
+The accounts are those of Goyal, Vin, Cheng, "Start-time Fair Queueing", SIGCOMM 1996: virtual time is clocked by the
+service itself, and work is charged for when it begins. Different from it: the order of requests with the same standing
+is the policy's business, as locality is worth more than the exact order; and who asks for little does not wait his
+turn, but goes first.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable
 from itertools import islice
 
 import msgspec
@@ -26,13 +27,19 @@ import msgspec
 from hotset.scheduling.queue import Entry, Place
 from hotset.vocabulary import Request
 
+CROWD = 4.0
+"""In units of the cluster, a load and a run, as they usually are, on every GPU: of so much waiting work, a caller's
+part is not beyond his share. With less, a caller whose models are not loaded yet is taken for a flood."""
+LEAST = 0.85
+"""In the same: so much waiting work is not beyond anybody's share, however small that is. Less is no crowd: everybody's
+turn comes within the time that a good order is worth, a load."""
 CREDIT = 1.5
-"""In units of the cluster: a load and a run, as they usually are, on every GPU. Who comes back from silence is owed no
+"""In units of the cluster. Who comes back from silence is owed no
 more than that."""
 SLACK = 0.1
 """In units of the caller's part of the cluster: that much does not matter, as locality needs some play."""
 MOST_LOOKED_AT = 16
-"""Callers with requests beyond their share that are looked at when time was spent; where there are more, in turn."""
+"""Callers beyond their shares that are looked at when time was spent; where there are more, in turn."""
 MOST_IDLE = 1_000
 """Callers without open requests whose accounts are kept."""
 
@@ -50,35 +57,27 @@ class Usage(msgspec.Struct, gc=False):
 class Account:
     """One caller's share of the GPUs' time, at one priority."""
 
-    __slots__ = ("backlog", "open", "promised_s", "spent_s", "usage", "weight")
+    __slots__ = ("beyond", "open", "promised_s", "spent_s", "usage", "waiting", "waiting_s", "weight")
 
     def __init__(self, spent_s: float, usage: Usage) -> None:
         self.weight = 1.0
         self.spent_s = spent_s
         """GPU seconds over weight."""
         self.promised_s = 0.0
-        """Expected GPU seconds of the requests that were found to be owed and have not ended."""
+        """Expected GPU seconds of the requests that were found to be behind and have not begun."""
         self.open = 0
         """Requests that have not ended."""
-        self.backlog: deque[Entry] = deque()
-        """Requests that were not owed when last looked at, oldest first; some may have left the queue since."""
+        self.waiting: dict[Entry, None] = {}
+        """Those of them that have not begun, oldest first; kept while there is another caller."""
+        self.waiting_s = 0.0
+        """Expected GPU seconds of their runs."""
+        self.beyond = False
+        """That is more than his share (read only)."""
         self.usage = usage
 
-    def oldest(self) -> Entry | None:
-        """The oldest waiting request that is not owed."""
-        while self.backlog and not _is_held(self.backlog[0]):
-            self.backlog.popleft()
-        return self.backlog[0] if self.backlog else None
-
     def newest(self) -> Entry | None:
-        """The newest waiting request that is not owed."""
-        while self.backlog and not _is_held(self.backlog[-1]):
-            self.backlog.pop()
-        return self.backlog[-1] if self.backlog else None
-
-
-def _is_held(entry: Entry) -> bool:
-    return entry.place is Place.QUEUED and not entry.owed
+        """The newest request in a queue."""
+        return next((entry for entry in reversed(self.waiting) if entry.place is Place.QUEUED), None)
 
 
 class FairShares:
@@ -94,7 +93,7 @@ class FairShares:
         """Whether there is anybody to be fair to: one caller alone has no accounts to balance (read only)."""
         self._open_weight = 0.0
         self._idle: OrderedDict[str, Account] = OrderedDict()
-        self._backlogged: OrderedDict[Account, None] = OrderedDict()
+        self._beyond: OrderedDict[Account, None] = OrderedDict()
 
     def open(self, request: Request, usage: Usage) -> Account:
         """The account that a request which has arrived goes on."""
@@ -120,26 +119,75 @@ class FairShares:
     def _credit_s(self) -> float:
         return CREDIT * self._unit_s()
 
-    def owes(self, account: Account) -> bool:
-        """Whether the caller's next request is owed to him."""
+    def is_behind(self, account: Account) -> bool:
+        """Whether the caller has had less than others, with what he was promised already."""
         return (
             account.spent_s + account.promised_s / account.weight
             < self.most_s - SLACK * self._unit_s() / self._open_weight
         )
 
-    def part(self, account: Account) -> float:
-        """The caller's share, 0 to 1, among all who have requests open."""
-        return account.weight / max(self._open_weight, account.weight)
+    def turns(self, account: Account) -> bool:
+        """Whether a caller who was within his share is beyond it now, or the other way round."""
+        part = account.weight / max(self._open_weight, account.weight)
+        most_s = max(CROWD * part, LEAST) * self._unit_s()
+        if account.waiting_s > most_s if not account.beyond else account.waiting_s < most_s / 2:
+            account.beyond = not account.beyond
+            if account.beyond:
+                self._beyond[account] = None
+            else:
+                del self._beyond[account]
+            return True
+        return False
+
+    @property
+    def others_within(self) -> bool:
+        """Whether anybody is within his share; meant for when somebody is not."""
+        return len(self._beyond) < len(self.accounts)
+
+    def beyond(self) -> list[Account]:
+        """The next few callers who are beyond their shares; where they are many, they take turns."""
+        accounts = list(islice(self._beyond, MOST_LOOKED_AT))
+        if len(self._beyond) > MOST_LOOKED_AT:
+            for account in accounts:
+                self._beyond.move_to_end(account)
+        return accounts
+
+    def clear(self) -> None:
+        """Nobody waits."""
+        for account in self.accounts.values():
+            for entry in account.waiting:
+                entry.run_s = entry.promised_s = 0.0
+            account.waiting.clear()
+            account.waiting_s = account.promised_s = 0.0
+
+    def wait(self, entry: Entry, account: Account, run_s: float) -> None:
+        """The caller waits for a request, maybe once more, whose run is expected to take so many GPU seconds."""
+        if entry not in account.waiting:
+            account.waiting[entry] = None
+            entry.run_s = run_s
+            account.waiting_s += run_s
 
     def promise(self, entry: Entry, account: Account, cost_s: float) -> None:
-        """The request, expected to take so many GPU seconds, is owed from now on."""
-        entry.owed, entry.promised_s = True, cost_s
+        """The request, expected to take so many GPU seconds, goes before others that are beyond."""
+        entry.promised_s = cost_s
         account.promised_s += cost_s
+
+    def unpromise(self, entry: Entry, account: Account) -> None:
+        """It begins, or has another standing."""
+        account.promised_s -= entry.promised_s
+        entry.promised_s = 0.0
+
+    def begun(self, entry: Entry, account: Account) -> None:
+        """The caller waits for it no more."""
+        if account.waiting and account.waiting.pop(entry, self) is None:
+            self.unpromise(entry, account)
+            account.waiting_s -= entry.run_s
+            entry.run_s = 0.0
 
     def begin(self, entry: Entry, account: Account, cost_s: float) -> None:
         """Work on the request begins, and is expected to take so many GPU seconds: they are charged for at once."""
-        account.promised_s -= entry.promised_s
-        entry.promised_s, entry.charged_s = 0.0, cost_s
+        self.begun(entry, account)
+        entry.charged_s = cost_s
         self.charge(account, cost_s)
 
     def settle(self, entry: Entry, account: Account, gpu_s: float) -> None:
@@ -148,17 +196,6 @@ class FairShares:
         entry.charged_s -= ahead_s
         self.charge(account, gpu_s - ahead_s)
 
-    def hold(self, entry: Entry, account: Account) -> None:
-        """The request is not owed yet."""
-        account.backlog.append(entry)
-        self._backlogged[account] = None
-
-    def clear(self) -> None:
-        """Hold nothing."""
-        for account in self._backlogged:
-            account.backlog.clear()
-        self._backlogged.clear()
-
     def charge(self, account: Account, gpu_s: float) -> None:
         """GPU time was spent on a caller, or is about to be."""
         account.spent_s = max(account.spent_s, self.most_s - self._credit_s) + gpu_s / account.weight
@@ -166,17 +203,17 @@ class FairShares:
 
     def ended(self, entry: Entry, account: Account) -> None:
         """A request is over, however it ended."""
-        account.promised_s -= entry.promised_s
+        self.begun(entry, account)
         account.spent_s -= entry.charged_s / account.weight
-        entry.promised_s = entry.charged_s = 0.0
+        entry.charged_s = 0.0
         account.open -= 1
         if not account.open:
-            account.promised_s = 0.0
-            account.backlog.clear()
+            account.promised_s = account.waiting_s = 0.0
+            account.beyond = False
             self._open_weight -= account.weight
-            self._backlogged.pop(account, None)
+            self._beyond.pop(account, None)
             self._idle[entry.request.caller] = account
-        if self._idle and self.contended:
+        if self._idle and self.contended and not self._beyond:
             self._forget()
 
     def _forget(self) -> None:
@@ -186,26 +223,12 @@ class FairShares:
             del self._idle[caller], self.accounts[caller]
             self.contended = len(self.accounts) > 1
 
-    def held(self) -> Iterator[tuple[Account, Entry]]:
-        """The oldest request that is not owed of each caller who has one; of the next few, where they are many.
-
-        If its reader promises it, the caller's next one follows.
-        """
-        for account in list(islice(self._backlogged, MOST_LOOKED_AT)):
-            self._backlogged.move_to_end(account)
-            while (entry := account.oldest()) is not None:
-                yield account, entry
-                if not entry.owed:
-                    break
-            else:
-                del self._backlogged[account]
-
     def displaced_by(self, request: Request) -> Entry | None:
         """Whose place in a full queue a new request may take: the newest of the caller with most requests open for his
         weight, if these are more than the new one's caller would have. Linear in the callers."""
         own = self.accounts.get(request.caller)
         most, displaced = (1 if own is None else own.open + 1) / request.weight, None
-        for account in self._backlogged:
+        for account in self.accounts.values():
             if account.open / account.weight > most and account is not own and (newest := account.newest()):
                 most, displaced = account.open / account.weight, newest
         return displaced

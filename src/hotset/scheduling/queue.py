@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -36,13 +36,23 @@ class Place(Enum):
     """On a GPU: loading or running."""
 
 
+class Share(IntEnum):
+    """How a request stands to its caller's share of the GPUs' time (``fairness.py``); the least goes first."""
+
+    WITHIN = 0
+    """Its caller is within his share, as everybody is where there is no crowd."""
+    BEHIND = 1
+    """Its caller asks for more than that, but has had less than others."""
+    BEYOND = 2
+    """And he has had no less."""
+
+
 class Standing(msgspec.Struct, frozen=True, order=True):
     """Which requests go before which (``standing.py``); the least goes first."""
 
     rank: int = -NORMAL_PRIORITY
     """The negative priority."""
-    over_share: bool = True
-    """Not owed to its caller."""
+    share: Share = Share.WITHIN
     relaxed: bool = True
     """No deadline presses."""
 
@@ -75,14 +85,15 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     """The queue it is in, or was in last."""
     account: Account | None = None
     """What is spent on it goes on its caller's account."""
-    owed: bool = False
-    """Its caller has had less than his share, even with it."""
+    share: Share = Share.WITHIN
+    run_s: float = 0.0
+    """GPU seconds that its caller waits for on its account."""
     promised_s: float = 0.0
-    """GPU seconds that it was expected to take when that was found."""
+    """GPU seconds that it was expected to take when it was found that its caller is behind, even with it."""
     charged_s: float = 0.0
     """GPU seconds that its caller's account was charged with ahead, and that were not spent on it yet."""
     since_s: float = 0.0
-    """When it began to wait in the standing that it has: when it arrived, or when it was found to be owed."""
+    """When it began to wait in the standing that it has: when it arrived, or when that improved."""
     expected: bool = False
     """It counts for the rate at which its model is asked for."""
     pressed: bool = False

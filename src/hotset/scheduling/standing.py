@@ -5,7 +5,7 @@ places no more of it, then, if a GPU is still idle, about the next one; so every
 to know of it. Highest first:
 
 1. by *priority*, strictly, but for one request in ``MOST_PASSED + 1``: so low ones wait long, not for ever;
-2. within a priority, requests *owed* to their callers before those beyond their callers' shares (``fairness.py``);
+2. within a priority, requests of callers within their shares before all others (``fairness.py``);
 3. within these, requests whose *deadline presses* before those with time to spare (``requests.py``).
 
 Where all is equal, as with one caller and no deadline near, there is one queue, in order of arrival.
@@ -14,13 +14,13 @@ Where all is equal, as with one caller and no deadline near, there is one queue,
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from hotset.scheduling.fairness import Account, FairShares, Usage
-from hotset.scheduling.queue import Entry, GlobalQueue, Place, Standing
+from hotset.scheduling.queue import Entry, GlobalQueue, Place, Share, Standing
 from hotset.vocabulary import NORMAL_PRIORITY, Request
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ MOST_PASSED = 50
 MOST_CALLERS = 200
 """Callers whose usage is told apart; all others are ``OTHERS``."""
 OTHERS = "(others)"
-MOST_UNCROWDED = 3.5
-"""Waiting requests per GPU beyond which shares are looked after in any case (``Queues._is_crowded``)."""
 
 
 class Queues:
@@ -73,12 +71,13 @@ class Queues:
         if shares.contended and not contended:
             self.contended = True
             self._contend(shares, request.priority)
-        if not self._is_crowded(shares):
+            self._look(shares, request.arrival_s, shares.accounts.values())
+        if not shares.contended:
             self._expect(entry, request.arrival_s)
 
     def _expect(self, entry: Entry, now_s: float) -> None:
-        """The request counts for how often its model is asked for. In a crowd only those do that are owed: what a
-        flood asks for beyond its share is no reason to keep its models in memory rather than the others'."""
+        """The request counts for how often its model is asked for. Those beyond their callers' shares do not: what a
+        flood asks for is no reason to keep its models in memory rather than the others'."""
         if not entry.expected:
             entry.expected = True
             self._cluster.rates.arrived(entry.model, now_s)
@@ -88,27 +87,24 @@ class Queues:
         """There is, or wants to be, a second caller: from now on it is known who holds what."""
         shares.clear()
         for queue in self.all:
-            if queue.standing.priority == priority and queue.standing.over_share:
+            if queue.standing.priority == priority:
                 for waiting in queue.in_order():
                     assert waiting.account is not None
-                    shares.hold(waiting, waiting.account)
+                    shares.wait(waiting, waiting.account, self._run_s(waiting))
 
     def _usage_of(self, caller: str) -> Usage:
         return self.usage.setdefault(caller if len(self.usage) < MOST_CALLERS else OTHERS, Usage())
 
     def push(self, entry: Entry) -> None:
         """A request begins to wait, behind all others of its standing."""
-        self._seq += 1
-        entry.seq = self._seq
         priority, account = entry.request.priority, entry.account
         assert account is not None
         shares = self._shares[priority]
         if shares.contended:
-            if self._is_crowded(shares) and self._owes(shares, account):
-                self._promise(shares, entry, account, entry.request.arrival_s)
-            else:
-                shares.hold(entry, account)
-        if priority == NORMAL_PRIORITY and not entry.owed and not entry.pressed:
+            self._wait(shares, entry, account, entry.request.arrival_s)
+        self._seq += 1
+        entry.seq = self._seq
+        if priority == NORMAL_PRIORITY and not entry.share and not entry.pressed:
             self.main.push(entry)
         else:
             self._queue_of(entry).push(entry)
@@ -142,16 +138,14 @@ class Queues:
 
     @property
     def sparing(self) -> bool:
-        """Whether what is placed now is beyond its caller's share while others compete for the GPUs: it should not cost
-        them their models. Never while all GPUs are idle, so that something always goes on."""
+        """Whether what is placed now is for a caller beyond his share while others are within theirs: it should not
+        cost them their models. Never while all GPUs are idle, so that something always goes on."""
         cluster = self._cluster
         standing = cluster.queue.standing
-        shares = self._shares[-standing.rank]
         return (
-            shares.contended
-            and standing.over_share
+            standing.share is not Share.WITHIN
             and len(cluster.idle) < len(cluster.gpus)
-            and self._is_crowded(shares)
+            and self._shares[standing.priority].others_within
         )
 
     def first_of(self, model: str) -> Entry | None:
@@ -186,17 +180,23 @@ class Queues:
             shares.begin(entry, account, cost_s)
 
     def first_to_join(self, model: str, run: list[Entry]) -> Entry | None:
-        """Who may join a run next: nobody beyond his caller's share makes one that is owed take longer."""
+        """Who may join a run next: nobody who is to go after it makes it take longer."""
         entry = self.first_of(model)
-        return None if entry is not None and run and run[0].owed and not entry.owed else entry
+        return None if entry is not None and run and run[0].share < entry.share else entry
 
     def give_back(self, entries: list[Entry]) -> None:
         """Take back requests that had left their queues; whoever came out of a batch that gathered never was in one."""
         for queue in self.all:
             queue.give_back([entry for entry in entries if entry.queue is queue])
         for entry in entries:
+            account, shares = entry.account, self._shares[entry.request.priority]
             if entry.queue is None:
                 self.push(entry)
+            elif shares.contended:
+                assert account is not None
+                shares.wait(entry, account, self._run_s(entry))
+                if account.beyond is (entry.share is Share.WITHIN):  # that has changed meanwhile
+                    self._move(entry, Share.BEYOND if account.beyond else Share.WITHIN, entry.since_s)
 
     # Turns
 
@@ -235,8 +235,9 @@ class Queues:
             assert account is not None
             account.usage.run_s += share_s
             if shares.contended:
+                shares.begun(entry, account)  # if it joined the run of another
                 shares.settle(entry, account, share_s)
-                self._look(shares, now_s)
+                self._look(shares, now_s, shares.beyond())
 
     def loaded(self, resident: Resident, load_s: float, now_s: float) -> None:
         """A GPU has loaded, or restored, a model: who caused it pays. That is the request for which the model had to
@@ -250,46 +251,50 @@ class Queues:
         shares = self._shares[payer.request.priority]
         if shares.contended:
             shares.settle(payer, payer.account, load_s)
-            self._look(shares, now_s)
+            self._look(shares, now_s, shares.beyond())
 
-    def _look(self, shares: FairShares, now_s: float) -> None:
-        """Accounts have changed: who is owed something now?"""
-        if not self._is_crowded(shares):
-            return
-        for other, entry in shares.held():
-            if self._owes(shares, other):
-                self._promise(shares, entry, other, now_s)
-                self._move(entry)
+    def _wait(self, shares: FairShares, entry: Entry, account: Account, now_s: float) -> None:
+        """A caller waits for one request more: how does it stand, and those before it?"""
+        shares.wait(entry, account, self._run_s(entry))
+        self._weigh(shares, account, now_s)
+        if not account.beyond:
+            entry.share = Share.WITHIN
+        else:
+            entry.share = Share.BEHIND if self._promise(shares, entry, account) else Share.BEYOND
+        if entry.share is not Share.BEYOND:
+            self._expect(entry, now_s)
 
-    def _owes(self, shares: FairShares, account: Account) -> bool:
-        """Whether the caller's next request is owed to him: he has had less than others, or has no more requests open
-        than his part of what is no crowd yet, so that it is not he who makes it one."""
-        return shares.owes(account) or shares.part(account) * self._most_uncrowded() >= account.open
+    def _weigh(self, shares: FairShares, account: Account, now_s: float) -> None:
+        """What a caller waits for has changed: if he is beyond his share now, or within it again, so is all of it."""
+        if shares.turns(account):
+            share = Share.BEYOND if account.beyond else Share.WITHIN
+            for entry in account.waiting:
+                if entry.place is Place.QUEUED and entry.queue is not None:
+                    shares.unpromise(entry, account)
+                    self._move(entry, share, now_s)
 
-    def _promise(self, shares: FairShares, entry: Entry, account: Account, now_s: float) -> None:
-        shares.promise(entry, account, self._cost_s(entry))
-        entry.since_s = now_s
-        self._expect(entry, now_s)
+    def _look(self, shares: FairShares, now_s: float, accounts: Iterable[Account]) -> None:
+        """Accounts have changed: who of these is beyond his share now, and who of those behind?"""
+        for account in accounts:
+            self._weigh(shares, account, now_s)
+            for entry in account.waiting if account.beyond else ():
+                if entry.place is Place.QUEUED and entry.share is Share.BEYOND:
+                    if not self._promise(shares, entry, account):
+                        break
+                    self._move(entry, Share.BEHIND, now_s)
 
-    def _is_crowded(self, shares: FairShares) -> bool:
-        """Whether several callers compete for the GPUs: what waits is more than a load and a run on each of them.
-
-        With less, everybody's turn comes within the time that a good order is worth, a load, and order is the policy's
-        business alone. Where loads take many runs, no more than ``MOST_UNCROWDED`` wait for each GPU.
-        """
-        if not shares.contended:
+    def _promise(self, shares: FairShares, entry: Entry, account: Account) -> bool:
+        """Whether the request may go before others that are beyond their callers' shares."""
+        if not shares.is_behind(account):
             return False
-        return self.waiting > self._most_uncrowded()
-
-    def _most_uncrowded(self) -> float:
-        most, run_s = MOST_UNCROWDED * len(self._cluster.gpus), self._cluster.profiles.typical_inference_s()
-        return min(most, self._unit_s() / run_s) if run_s else most
+        shares.promise(entry, account, self._cost_s(entry))
+        return True
 
     def press(self, entry: Entry) -> None:
         """A waiting request's deadline presses from now on."""
         entry.pressed = True
         if entry.place is Place.QUEUED:
-            self._move(entry)
+            self._requeue(entry)
 
     def displaced_by(self, request: Request) -> Entry | None:
         """Whose place in a full queue a new request may take: of a lower priority the newest, else the newest of the
@@ -321,7 +326,14 @@ class Queues:
                 most, displaced = len(entries) / newest.request.weight, newest
         return displaced
 
-    def _move(self, entry: Entry) -> None:
+    def _move(self, entry: Entry, share: Share, now_s: float) -> None:
+        if share < entry.share:
+            entry.since_s = now_s
+            self._expect(entry, now_s)
+        entry.share = share
+        self._requeue(entry)
+
+    def _requeue(self, entry: Entry) -> None:
         assert entry.queue is not None
         entry.queue.leave(entry)
         self._seq += 1
@@ -329,7 +341,7 @@ class Queues:
         self._queue_of(entry).push(entry)
 
     def _queue_of(self, entry: Entry) -> GlobalQueue:
-        standing = Standing(-entry.request.priority, not entry.owed, not entry.pressed)
+        standing = Standing(-entry.request.priority, entry.share, not entry.pressed)
         for queue in self.all:
             if queue.standing == standing:
                 return queue
@@ -342,9 +354,14 @@ class Queues:
         profiles = self._cluster.profiles
         return len(self._cluster.gpus) * (profiles.typical_load_s() + profiles.typical_inference_s())
 
+    def _run_s(self, entry: Entry) -> float:
+        """GPU seconds that the request's run is expected to take."""
+        kind = next((gpu.kind for gpu in self._cluster.gpus.values()), "")
+        return self._cluster.profiles.inference_s(entry.model, kind)
+
     def _cost_s(self, entry: Entry) -> float:
-        """GPU seconds that the request is expected to take."""
+        """The same with its load, if no GPU holds its model."""
         cluster, model = self._cluster, entry.model
         kind = next((gpu.kind for gpu in cluster.gpus.values()), "")
-        run_s = cluster.profiles.inference_s(model, kind)
+        run_s = self._run_s(entry)
         return run_s if cluster.cache.copies(model) else run_s + cluster.profiles.load_s(model, kind)

@@ -78,7 +78,9 @@ class AsyncQueue:
         self._records = records
         self._most_queued = most_queued
         self._unix_time = unix_time
-        self._waiting = Turns()
+        self._waiting = Turns(
+            self._had_s, control.scheduler.profiles.typical_inference_s, lambda function: self._on_gpu(key_of(function))
+        )
         """Ready to be made."""
         self._later: list[tuple[float, int, AsyncCall]] = []
         """To be tried again: when, number, call."""
@@ -225,11 +227,8 @@ class AsyncQueue:
                     await self._news.wait()
 
     def _take_turns(self) -> bool:
-        """Make one call of each function that there is room for; whether there was any."""
-        made = False
-        for function in self._waiting.functions():
-            made |= self._next_of(function)
-        return made
+        """Make the next call of the first function, in order of turns, that there is room for; whether there was."""
+        return any(self._next_of(function) for function in self._waiting.functions())
 
     def _next_of(self, function: str) -> bool:
         """Make the next call of a function, if there is room for it; whether there was."""
@@ -243,6 +242,11 @@ class AsyncQueue:
             self._running.add(task)
             task.add_done_callback(self._over)
         return True
+
+    def _had_s(self, caller: str) -> float:
+        """GPU seconds that were spent on a caller since the start; 0 for those who are not told apart any more."""
+        usage = self._control.scheduler.cluster.queues.usage.get(caller)
+        return 0.0 if usage is None else usage.run_s + usage.load_s
 
     def _on_gpu(self, key: str) -> bool:
         version = self._control.functions.current.get(key)
@@ -287,6 +291,7 @@ class AsyncQueue:
         request, body = stored
         retrying = self._retrying(call)
         answer = await self._attempt(call, request, body)
+        self._waiting.made(call)
         if answer is None:
             return
         attempts = call.attempts + 1
