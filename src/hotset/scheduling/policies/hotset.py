@@ -19,8 +19,7 @@ MOST_NEW = 3
 MOST_GPUS = 16
 """GPUs compared for one load."""
 MOST_LINES = 32
-"""Models waited for that one decision looks at. Where there are more, they take turns, but those that no GPU holds come
-first."""
+"""Models waited for that one decision looks at; of more, those that no GPU holds come first, the others in turns."""
 MOST_COPIED = 8
 """Of these, the models that are considered for a further copy."""
 MOST_PRICED = 4
@@ -41,8 +40,7 @@ URGENT_SHARE = 0.3
 CROWDING = 8.0
 """How much dearer that time gets for each request, per GPU, that waits for a model that no GPU holds."""
 BLOCKED = 0.2
-"""Of the requests for the other models of a GPU that loads, those that wait for that: most find a copy elsewhere, or
-would have waited for each other."""
+"""Share of requests for a loading GPU's other models that wait for that: most find a copy, or wait for each other."""
 MOST_HARM = 0.3
 """What a load for a request beyond its caller's share may cost others, as a share of the GPU time that it takes."""
 
@@ -181,8 +179,7 @@ class Hotset:
         return None
 
     def _most_ended(self, cluster: Cluster, head: Entry, now_s: float) -> Placement | None:
-        """In overload: what ends most waiting per second of GPU time, be it a hit or a load; those share its time whom
-        it is in time for."""
+        """In overload: what ends most waiting per second of GPU time, shared by whom it is in time for, hit or load."""
         best: Placement | None = None
         most, first, queued = -1.0, next(iter(cluster.idle)), cluster.queue.models
         newest = (gpu.memory.residents for gpu in islice(reversed(cluster.idle), MOST_NEW))
