@@ -55,7 +55,9 @@ class LocalNode:
         if bool(virtual_gpus) == cuda:
             raise ConfigurationError("a node has either CUDA GPUs or virtual ones: choose one")
         if copy_bandwidth is not None and (cuda or not copy_bandwidth > 0):
-            raise ConfigurationError("a copy bandwidth is a positive number of bytes a second, of virtual GPUs only")
+            raise ConfigurationError(
+                "a copy bandwidth is more than 0, and for virtual GPUs only: leave it out, or say how many of them"
+            )
         self._virtual_gpus = virtual_gpus
         self._copy_bandwidth = copy_bandwidth
         self._memory_bytes = memory_bytes
