@@ -33,6 +33,8 @@ LEAST_UTILISATION, MOST_UTILISATION = 0.3, 0.98
 """A GPU is never taken to be free, or busy, for certain."""
 FRESH_SHARE = 0.05
 """How long a price is kept, as a share of the time that rates are learned from: they hardly change meanwhile."""
+MOST_HELPED = 16
+"""Requests of one line for which the use of a further copy is worked out."""
 MOST_COMPARED = 8
 """Residents of which the cheapest set is searched exactly: at most 2 ** 8 sets, a few in practice."""
 
@@ -333,6 +335,30 @@ class Prices:
         if len(ranked) > 1:
             ranked.sort(key=_by_price)
         return ranked
+
+
+def saved_by_copy(count: int, wait_s: float, load_s: float, inference_s: float, copies: int) -> tuple[float, int]:
+    """What one more copy saves a line of ``count`` requests: seconds of waiting in all, and how many it helps.
+
+    The holders start the line one by one, ``inference_s / copies`` apart, the first after ``wait_s``. From ``load_s``
+    on the new copy takes its turns among them.
+    """
+    apart_s = inference_s / copies
+    late_s = wait_s + (count - 1) * apart_s - load_s
+    if late_s <= 0.0:
+        return 0.0, 1
+    helped = min(int(late_s / apart_s) + 1, count, MOST_HELPED) if apart_s else 1
+    saved_s, unhelped_s = 0.0, load_s + late_s - (helped - 1) * apart_s
+    new_s, old_s = load_s, unhelped_s
+    for _ in range(helped):
+        if new_s <= old_s:
+            saved_s += unhelped_s - new_s
+            new_s += inference_s
+        else:
+            saved_s += unhelped_s - old_s
+            old_s += apart_s
+        unhelped_s += apart_s
+    return saved_s, helped
 
 
 _by_price = attrgetter("price_s")

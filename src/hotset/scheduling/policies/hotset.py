@@ -11,7 +11,7 @@ import msgspec
 
 from hotset.scheduling.cluster import Cluster, GpuState
 from hotset.scheduling.policies.interface import Placement, PolicySettings, Rule
-from hotset.scheduling.prices import Outlook
+from hotset.scheduling.prices import Outlook, saved_by_copy
 from hotset.scheduling.queue import Entry
 
 MOST_NEW = 3
@@ -24,8 +24,6 @@ MOST_COPIED = 8
 """Of these, the models that are considered for a further copy."""
 MOST_PRICED = 4
 """Models for which one decision looks for the cheapest GPU."""
-MOST_HELPED = 16
-"""Requests of one line for which the use of a further copy is worked out."""
 HEAD_START_LOADS = 2.0
 """Added to a line's age, in typical loads: a young line of many requests is worth a load before an old line of one."""
 RELOAD_PRICE = 5.0
@@ -316,7 +314,7 @@ class Hotset:
             urgent_s, helped = 0.0, 1
             if len(line) > 1 or wait_s > load_s:
                 inference_s = _each_s(cluster, outlook, gpu, len(line))
-                saved_s, helped = _saved(len(line), wait_s, load_s, inference_s, outlook.copies)
+                saved_s, helped = saved_by_copy(len(line), wait_s, load_s, inference_s, outlook.copies)
                 gain_s += saved_s
                 if saved_s:
                     waited_s = now_s - line[0].since_s + wait_s
@@ -457,30 +455,6 @@ def _wait_for(cluster: Cluster, holder: GpuState, model: str, entry: Entry, now_
         if line is not None and other != model and line[0].seq < entry.seq:
             wait_s += cluster.inference_s(other, holder) / copies(other)
     return wait_s
-
-
-def _saved(count: int, wait_s: float, load_s: float, inference_s: float, copies: int) -> tuple[float, int]:
-    """What one more copy saves a line of ``count`` requests: seconds of waiting in all, and how many it helps.
-
-    The holders start the line one by one, ``inference_s / copies`` apart, the first after ``wait_s``. From ``load_s``
-    on the new copy takes its turns among them.
-    """
-    apart_s = inference_s / copies
-    late_s = wait_s + (count - 1) * apart_s - load_s
-    if late_s <= 0.0:
-        return 0.0, 1
-    helped = min(int(late_s / apart_s) + 1, count, MOST_HELPED) if apart_s else 1
-    saved_s, unhelped_s = 0.0, load_s + late_s - (helped - 1) * apart_s
-    new_s, old_s = load_s, unhelped_s
-    for _ in range(helped):
-        if new_s <= old_s:
-            saved_s += unhelped_s - new_s
-            new_s += inference_s
-        else:
-            saved_s += unhelped_s - old_s
-            old_s += apart_s
-        unhelped_s += apart_s
-    return saved_s, helped
 
 
 def _most_spare_holder(cluster: Cluster, model: str, now_s: float) -> GpuState:
