@@ -20,6 +20,7 @@ from hotset.gateway.deployments import Deployments
 from hotset.gateway.description import describe, guess_module
 from hotset.gateway.system import SystemApi
 from hotset.node.spawner import Spawner
+from hotset.scheduling.config import SchedulerConfig
 from hotset.store.bundles import Bundles, make_bundle
 from hotset.store.environments import Environments
 from hotset.store.sqlite import SqliteDatastore
@@ -363,6 +364,24 @@ def test_logs_are_ndjson_and_can_be_cut_and_followed(tmp_path):
     serving(story, tmp_path)
 
 
+def test_metrics_tell_what_parked_models_take_of_the_hosts_memory(tmp_path):
+    async def story(server: Server):
+        for name in ("greet", "other"):
+            assert (await server.deploy(GREET, name)).status == 202
+        for parked, name in ((0, "greet"), (1, "other")):
+            await server.call(name, b'"you"')
+            (host,) = json.loads((await server.json("GET", "/system/state")).body)["hosts"]
+            assert (host["used_bytes"] > 0, host["capacity_bytes"]) == (parked, 512 * MIB)
+            lines = (await server.json("GET", "/metrics")).body.decode().splitlines()
+            for figure in ("used", "capacity"):
+                (line,) = (line for line in lines if line.startswith(f"hotset_host_memory_{figure}_bytes{{"))
+                labels, value = line.split()
+                assert labels.endswith(f'{{node="{host["node"]}"}}')
+                assert float(value) == host[f"{figure}_bytes"]
+
+    serving(story, tmp_path, memory_bytes=100 * MIB, config=SchedulerConfig(host_memory_bytes=512 * MIB))
+
+
 def test_the_rest_answers_too(tmp_path):
     async def story(server: Server):
         await server.deploy(GREET)
@@ -378,6 +397,7 @@ def test_the_rest_answers_too(tmp_path):
         assert json.loads(trace[1])["function"] == "greet"
         metrics = await server.json("GET", "/metrics")
         assert b'hotset_requests_total{code="200",function="greet"} 1.0' in metrics.body
+        assert b"hotset_host_memory_used_bytes{" not in metrics.body  # no model is ever parked here
         assert (await server.json("GET", "/healthz")).status == 200
         server.node.well = False
         sick = await server.json("GET", "/healthz")

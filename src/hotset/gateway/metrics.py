@@ -5,7 +5,8 @@ Exported (docs/operations.md): ``hotset_requests_total``, ``hotset_request_secon
 ``hotset_misses_total``, ``hotset_false_misses_total``, ``hotset_offloads_total``, ``hotset_evictions_total`` and
 ``hotset_queue_length`` by function; ``hotset_thrashing``;
 ``hotset_gpu_up``, ``hotset_gpu_memory_used_bytes``, ``hotset_gpu_memory_capacity_bytes`` and ``hotset_gpu_busy_ratio``
-by GPU; ``hotset_prefetches_total`` by outcome.
+by GPU; ``hotset_host_memory_used_bytes`` and ``hotset_host_memory_capacity_bytes`` by node; ``hotset_prefetches_total``
+by outcome.
 """
 
 from __future__ import annotations
@@ -125,6 +126,14 @@ class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the last second that it was computing, 0 to 1."""
 
 
+class HostReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The host memory of one node that is set apart for parked models, now."""
+
+    node: str
+    capacity_bytes: int
+    used_bytes: int
+
+
 _COUNTERS = (
     ("queue_s", "hotset_queue_seconds", "Seconds that calls waited for a GPU."),
     ("load_s", "hotset_load_seconds", "Seconds spent on loads and restores for the calls that caused them."),
@@ -151,16 +160,18 @@ class HotsetCollector:
         lost_gpus: Collection[str] = (),
         prefetches: Mapping[str, int] | None = None,
         *,
+        hosts: Sequence[HostReport] = (),
         thrashing: bool = False,
     ) -> None:
         """``waiting``: function -> calls whose run has not begun. ``lost_gpus``: by their ids, not among ``gpus``.
-        ``prefetches``: outcome -> models that were loaded ahead; None: none ever is. ``thrashing``: GPUs swap models
-        more than they run them."""
+        ``prefetches``: outcome -> models that were loaded ahead; None: none ever is. ``hosts``: nodes that park models.
+        ``thrashing``: GPUs swap models more than they run them."""
         self._functions = functions
         self._gpus = gpus
         self._waiting = waiting
         self._lost_gpus = lost_gpus
         self._prefetches = prefetches or {}
+        self._hosts = hosts
         self._thrashing = thrashing
 
     def collect(self) -> Iterator[Metric]:
@@ -203,6 +214,12 @@ class HotsetCollector:
             used.add_metric([gpu.gpu_id], gpu.used_bytes)
             busy.add_metric([gpu.gpu_id], gpu.busy_ratio)
         yield from (up, capacity, used, busy)
+        budget = GaugeMetricFamily("hotset_host_memory_capacity_bytes", "What parked models may take.", labels=["node"])
+        parked = GaugeMetricFamily("hotset_host_memory_used_bytes", "What parked models take.", labels=["node"])
+        for host in self._hosts:
+            budget.add_metric([host.node], host.capacity_bytes)
+            parked.add_metric([host.node], host.used_bytes)
+        yield from (budget, parked)
 
 
 def cumulative(bounds: Sequence[float], buckets: Sequence[int]) -> list[tuple[str, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hotset.gateway.control import Control
-from hotset.gateway.metrics import GpuMetrics
+from hotset.gateway.metrics import GpuMetrics, HostReport
 from hotset.node.history import ModelHistory
 from hotset.node.interface import ProcessReport
 from hotset.scheduling.profiles import Footprint
@@ -69,6 +69,16 @@ def gpu_metrics(control: Control) -> list[GpuMetrics]:
             busy_ratio=busy.get(gpu_id, 0.0),
         )
         for gpu_id, gpu in control.scheduler.cluster.gpus.items()
+    ]
+
+
+def hosts(control: Control) -> list[HostReport]:
+    """Each node that may park models; GPUs of one node share its account."""
+    by_node = {gpu.gpu.node: gpu.memory.host for gpu in control.scheduler.cluster.gpus.values()}
+    return [
+        HostReport(node=node, capacity_bytes=host.capacity_bytes, used_bytes=host.used_bytes)
+        for node, host in by_node.items()
+        if host.capacity_bytes
     ]
 
 

@@ -10,6 +10,7 @@ from hotset.functions.contract import FunctionKind
 from hotset.gateway import readings
 from hotset.gateway.calls import CallRecord
 from hotset.gateway.control import Control
+from hotset.gateway.metrics import HostReport
 from hotset.node.history import LoadParts, Times, Transition
 from hotset.node.interface import ProcessReport
 from hotset.scheduling.cluster import Cluster
@@ -46,14 +47,6 @@ class ParkedState(msgspec.Struct, frozen=True, kw_only=True):
     device_bytes: int
     """What its process still holds of the GPU."""
     idle_s: float
-
-
-class HostReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The host memory of one node that is set apart for parked models."""
-
-    node: str
-    capacity_bytes: int
-    used_bytes: int
 
 
 class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -259,7 +252,7 @@ def state_of(control: Control, processes: list[ProcessReport] | None = None) -> 
         misses=misses,
         hit_ratio=hits / (hits + restores + misses) if hits + restores + misses else None,
         thrashing=readings.thrashing(control),
-        hosts=_hosts(control),
+        hosts=readings.hosts(control),
         gpus=_gpus(control),
         functions=functions,
         callers=_callers(control),
@@ -273,16 +266,6 @@ def _callers(control: Control) -> list[CallerState]:
         for name, usage in control.scheduler.cluster.queues.usage.items()
     ]
     return sorted(callers, key=lambda caller: -caller.run_s - caller.load_s)
-
-
-def _hosts(control: Control) -> list[HostReport]:
-    """Each node that may park models; GPUs of one node share its account."""
-    by_node = {gpu.gpu.node: gpu.memory.host for gpu in control.scheduler.cluster.gpus.values()}
-    return [
-        HostReport(node=node, capacity_bytes=host.capacity_bytes, used_bytes=host.used_bytes)
-        for node, host in by_node.items()
-        if host.capacity_bytes
-    ]
 
 
 def _gpus(control: Control) -> list[GpuReport]:

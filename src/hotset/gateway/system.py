@@ -325,6 +325,7 @@ class SystemApi:
                 readings.waiting(control),
                 control.lost_gpus,
                 readings.prefetches(control),
+                hosts=readings.hosts(control),
                 thrashing=readings.thrashing(control) is not None,
             ),
             CallersCollector(control.scheduler.cluster.queues.usage),
