@@ -70,6 +70,20 @@ class TestClockwork:
             world.arrive("a")
         assert world.doing("g1") == "loading a"
 
+    def test_a_further_copy_waits_for_models_that_are_wanted_as_much_and_nowhere(self):
+        for wanted in (1, 2):
+            world = World("clockwork", gpus=(2.0, 2.0), models=("a", "b", "c"))
+            for name, gpu_id in (("a", "g0"), ("b", "g1")):
+                world.arrive(name)
+                world.serve(gpu_id)
+            world.arrive("a")
+            world.arrive("b")
+            for _ in range(wanted):
+                world.arrive("c")
+            world.arrive("a")
+            world.finish("g1")
+            assert world.doing("g1") == "loading c"
+
     def test_a_model_that_fits_on_no_idle_gpu_waits(self):
         world = World("clockwork", gpus=(1.0, 4.0), models=("a", model("large", 3.0)))
         world.arrive("large")

@@ -211,7 +211,10 @@ class Hotset:
             if model in cluster.cache.held:
                 continue
             line = queue.models[model]
-            each_s = cluster.load_s(model, gpu) / len(line) + cluster.each_s(model, gpu, len(line))
+            run_s = cluster.each_s(model, gpu, len(line))
+            if run_s >= least_s:
+                continue
+            each_s = cluster.load_s(model, gpu) / len(line) + run_s
             if each_s < least_s:
                 load = self._cheapest_load(cluster, cluster.prices.outlook(model, gpu, now_s), now_s)
                 if load is not None and each_s + RELOAD_PRICE * load.price_s / len(line) < least_s:
