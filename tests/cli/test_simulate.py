@@ -353,6 +353,14 @@ def test_the_papers_evaluation_is_one_command(tmp_path: Path, monkeypatch: pytes
     assert "48.0x" in result.stdout
     assert (tmp_path / "out" / "index.html").is_file()
 
+    result = hotset("paper", "--seeds", "1", "--out", tmp_path / "again", "--jobs", "1", "--json")
+    said = json.loads(result.stdout)
+    assert said["report"] == str(tmp_path / "again" / "index.html")
+    (verdict,) = (
+        each for each in said["verdicts"] if each["claim"]["text"] == "LALB+O3 cuts LB's miss ratio, 35 functions"
+    )
+    assert (verdict["claim"]["value"], verdict["outcome"]) == (0.8116, "gains less here")
+
 
 def test_on_a_terminal_tables_are_drawn_and_progress_is_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import httpx
 import pytest
 from click.testing import CliRunner, Result
 from kill_and_restart import serving
@@ -66,6 +68,13 @@ def test_login_is_tried_kept_for_this_user_alone_and_forgotten(shell, tmp_path):
     assert credentials.find("http://elsewhere.example.com") is None
     shell.done("logout")
     assert shell("logout").exit_code == 2
+    with_password = shell.url.replace("//", "//admin:open%20sesame@")
+    said = shell.done("login", "--password-stdin", "--gateway", with_password, "--json", stdin="open sesame\n")
+    assert json.loads(said) == {"gateway": shell.url, "user": "admin", "kept_in": str(kept)}
+    assert json.loads(shell.done("logout", "--gateway", with_password, "--json")) == {"logged_out": shell.url}
+    asked = shell("login", "--json", stdin="open sesame\n")
+    assert (json.loads(asked.stdout)["user"], "Password" in asked.stderr) == ("admin", True)
+    shell.done("logout")
     assert shell("list").exit_code == 1
     kept.write_text("not JSON")
     assert "log in again" in shell("list").output
@@ -83,7 +92,8 @@ def test_the_credentials_are_for_the_server_and_not_for_functions(logged_in, tmp
     assert "app" in logged_in.done("key", "list")
     assert json.loads(logged_in.done("key", "list", "--json"))[0]["name"] == "app"
     assert "hs_" in logged_in.done("key", "create", "env")
-    logged_in.done("key", "remove", "app")
+    assert json.loads(logged_in.done("key", "remove", "app", "--json")) == {"removed": "app"}
+    assert "app" not in logged_in.done("key", "list")
     logged_in.done("remove", "env")
 
 
@@ -92,7 +102,8 @@ def test_secrets(logged_in, tmp_path):
     value.write_bytes(b"\x00binary\xff")
     logged_in.done("secret", "create", "token", "--from-file", str(value))
     assert logged_in("secret", "create", "token", stdin="again").exit_code == 1
-    logged_in.done("secret", "create", "token", "--replace", stdin="again")
+    replaced = logged_in.done("secret", "create", "token", "--replace", "--json", stdin="again")
+    assert json.loads(replaced) == {"kept": "token"}
     assert logged_in("secret", "create", "empty", stdin="").exit_code == 2
     assert "token" in logged_in.done("secret", "list")
     assert json.loads(logged_in.done("secret", "list", "--json")) == [{"name": "token", "namespace": "openfaas-fn"}]
@@ -104,7 +115,7 @@ def test_secrets(logged_in, tmp_path):
     logged_in.done("deploy", "--image", image, "--fprocess", command, "--secret", "token", "--json")
     assert logged_in.done("invoke", "show", stdin="").strip() == "again"
     logged_in.done("remove", "show")
-    logged_in.done("secret", "remove", "token")
+    assert json.loads(logged_in.done("secret", "remove", "token", "--json")) == {"removed": "token"}
     assert "hotset secret create" in logged_in.done("secret", "list")
 
 
@@ -130,6 +141,20 @@ def test_asynchronous_calls_are_looked_after(logged_in):
     assert json.loads(logged_in.done("async", "list", "--state", "dead", "--json")) == []
     for verb in ("retry", "remove"):
         assert "no such call" in logged_in("async", verb, "absent").output
+    call_id = httpx.post(f"{logged_in.url}/async-function/absent").headers["x-call-id"]
+    for verb, done in (("retry", "retried"), ("remove", "removed")):
+        _wait_until_given_up(logged_in, call_id)
+        assert json.loads(logged_in.done("async", verb, call_id, "--json")) == {done: call_id}
+    assert "ended well" in logged_in.done("async", "list")
+
+
+def _wait_until_given_up(shell: Shell, call_id: str) -> None:
+    deadline_s = time.monotonic() + 30
+    while [each["call_id"] for each in json.loads(shell.done("async", "list", "--state", "dead", "--json"))] != [
+        call_id
+    ]:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
 
 
 def test_what_to_deploy_is_said_once(logged_in):

@@ -41,18 +41,26 @@ def list_calls(state: str | None, limit: int, gateway: str, as_json: bool) -> No
 @async_.command("retry")
 @click.argument("call_id")
 @gateway_option
-def retry(call_id: str, gateway: str) -> None:
+@json_option
+def retry(call_id: str, gateway: str, as_json: bool) -> None:
     """Try a call that was given up again."""
     with Remote(gateway) as remote:
         remote.change("POST", f"/system/async/{call_id}/retry")
-    click.echo(f"Trying {call_id} again.")
+    if as_json:
+        write_json({"retried": call_id})
+    else:
+        click.echo(f"Trying {call_id} again.")
 
 
 @async_.command("remove")
 @click.argument("call_id")
 @gateway_option
-def remove(call_id: str, gateway: str) -> None:
+@json_option
+def remove(call_id: str, gateway: str, as_json: bool) -> None:
     """Forget a call that waits or was given up."""
     with Remote(gateway) as remote:
         remote.change("DELETE", f"/system/async/{call_id}")
-    click.echo(f"Removed {call_id}.")
+    if as_json:
+        write_json({"removed": call_id})
+    else:
+        click.echo(f"Removed {call_id}.")

@@ -28,24 +28,25 @@ def path() -> Path:
 
 def find(gateway: str) -> Login | None:
     """What was saved for this server; None: nothing."""
-    return _read().get(_origin(gateway))
+    return _read().get(origin(gateway))
 
 
 def save(gateway: str, login: Login) -> Path:
     """Keep it, in place of what was kept for this server; returns the file."""
-    return _write({**_read(), _origin(gateway): login})
+    return _write({**_read(), origin(gateway): login})
 
 
 def forget(gateway: str) -> bool:
     """False: nothing was saved for this server."""
     logins = _read()
-    if logins.pop(_origin(gateway), None) is None:
+    if logins.pop(origin(gateway), None) is None:
         return False
     _write(logins)
     return True
 
 
-def _origin(gateway: str) -> str:
+def origin(gateway: str) -> str:
+    """The server that a URL is of, without a password that stands in it."""
     parts = urlsplit(gateway)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}".lower()
 

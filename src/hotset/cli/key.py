@@ -68,8 +68,12 @@ def list_keys(gateway: str, as_json: bool) -> None:
 @key.command("remove")
 @click.argument("name")
 @gateway_option
-def remove(name: str, gateway: str) -> None:
+@json_option
+def remove(name: str, gateway: str, as_json: bool) -> None:
     """Take the key NAME back."""
     with Remote(gateway) as remote:
         remote.change("DELETE", f"/system/keys/{name}")
-    click.echo(f"Removed {name}.")
+    if as_json:
+        write_json({"removed": name})
+    else:
+        click.echo(f"Removed {name}.")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from hotset.cli.output import Table, progress, show_table
+from hotset.cli.options import json_option
+from hotset.cli.output import Table, progress, show_table, write_json
 from hotset.simulation.evaluation import Figure, evaluate
 from hotset.simulation.evaluation_report import write_evaluation
 from hotset.simulation.report import INDEX
@@ -30,7 +31,8 @@ from hotset.simulation.traces import open_trace
     help="Use the requests of this trace, such as the Azure Functions trace of 2019, instead of synthetic ones.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Most processes; default: one per core.")
-def paper(folder: Path, seeds: int, trace_path: Path | None, jobs: int | None) -> None:
+@json_option
+def paper(folder: Path, seeds: int, trace_path: Path | None, jobs: int | None, as_json: bool) -> None:
     """Reproduce the paper's evaluation: tables, plots and one HTML report.
 
     Every table and figure for LB, LALB and LALB+O3 with 15, 25 and 35 functions, beside the paper's own numbers where
@@ -42,6 +44,9 @@ def paper(folder: Path, seeds: int, trace_path: Path | None, jobs: int | None) -
         evaluation = evaluate(seeds, trace, heard, jobs)
     with progress("writing the report"):
         verdicts = write_evaluation(evaluation, folder)
+    if as_json:
+        write_json({"report": str(folder / INDEX), "verdicts": verdicts})
+        return
     rows = [
         (
             verdict.claim.text,

@@ -31,7 +31,8 @@ def _namespace_option(command: click.decorators.FC) -> click.decorators.FC:
 @click.option("--replace", is_flag=True, help="Give it another value if it is there.")
 @_namespace_option
 @gateway_option
-def create(name: str, from_file: Path | None, replace: bool, namespace: str, gateway: str) -> None:
+@json_option
+def create(name: str, from_file: Path | None, replace: bool, namespace: str, gateway: str, as_json: bool) -> None:
     """Keep a value under NAME."""
     value = from_file.read_bytes() if from_file is not None else sys.stdin.buffer.read()
     if not value:
@@ -40,7 +41,10 @@ def create(name: str, from_file: Path | None, replace: bool, namespace: str, gat
     with Remote(gateway) as remote:
         known = [each["name"] for each in remote.get("/system/secrets", namespace=namespace)]
         remote.change("PUT" if replace and name in known else "POST", "/system/secrets", body)
-    click.echo(f"Kept {name}.")
+    if as_json:
+        write_json({"kept": name})
+    else:
+        click.echo(f"Kept {name}.")
 
 
 @secret.command("list")
@@ -62,8 +66,12 @@ def list_secrets(namespace: str, gateway: str, as_json: bool) -> None:
 @click.argument("name")
 @_namespace_option
 @gateway_option
-def remove(name: str, namespace: str, gateway: str) -> None:
+@json_option
+def remove(name: str, namespace: str, gateway: str, as_json: bool) -> None:
     """Forget the value of NAME."""
     with Remote(gateway) as remote:
         remote.change("DELETE", "/system/secrets", {"name": name, "namespace": namespace})
-    click.echo(f"Removed {name}.")
+    if as_json:
+        write_json({"removed": name})
+    else:
+        click.echo(f"Removed {name}.")
