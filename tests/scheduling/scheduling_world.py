@@ -420,7 +420,8 @@ class World:
                 assert action.model not in device.in_use, f"{action} while in use"
                 if device.parked.pop(action.model, None) is None:
                     kept = self.scheduler.cache.memory(action.gpu_id).pinned.keys() & pinned[action.gpu_id]
-                    assert action.model not in kept, f"{action}: it is pinned"
+                    outgrown = device.used_bytes > device.gpu.memory_bytes
+                    assert action.model not in kept or outgrown, f"{action}: it is pinned"
                     del device.resident[action.model]
             case Reject():
                 assert action.message, "a rejection says why"

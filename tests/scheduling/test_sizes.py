@@ -246,3 +246,27 @@ def test_only_what_the_first_run_added_is_needed_by_all_means(first_run: bool):
     footprint = Footprint((100,))
     footprint.observe_again(300, first_run=first_run)
     assert footprint.least_bytes == (300 if first_run else 100)
+
+
+def test_a_copy_that_is_to_be_kept_leaves_what_it_has_outgrown_and_comes_back():
+    world = crowded(500, min_copies=1)
+    call(world, "a", 500)
+    assert measured(world, "a", 1200) == [Unload("g0", "a"), Load("g0", "a", None, False)]
+    assert not outgrown(world)
+
+
+def test_a_request_that_is_tried_again_may_run_where_its_model_is_though_another_load_would_not_fit_there():
+    world = World(gpus=(8.0, 2.0), models=["b", model("c", 2.0, max_copies=1)])
+    world.arrive("b")
+    world.loaded("g0")
+    again = world.arrive("c")
+    world.loaded("g1")
+    world.run_fails("g1")
+    world.arrive("c")
+    world.loaded("g1")
+    world.measured("g0", "c", 5 * GIB // 2)  # it has left that GPU meanwhile
+    assert need_mib(world, "c") == 2560
+    world.finish("g1")
+    assert world.running("g1") == (again,)
+    world.drain()
+    assert not world.open

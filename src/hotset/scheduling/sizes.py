@@ -73,5 +73,9 @@ class Sizes:
         """Have models leave the GPUs that were outgrown, as soon as there is one that may."""
         for gpu in list(self.outgrown):
             here = self._cluster.gpus.get(gpu.gpu_id) is gpu
-            if not here or gpu.memory.free_bytes >= 0 or self._transitions.relieve(gpu, now_s):
+            if not here or gpu.memory.free_bytes >= 0:
                 del self.outgrown[gpu]
+            elif self._transitions.relieve(gpu, now_s):
+                del self.outgrown[gpu]
+                if self._pins.models():
+                    self._pins.plan()  # a copy that had outgrown its place, and left, may have one again
