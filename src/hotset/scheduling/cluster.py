@@ -264,8 +264,8 @@ class Cluster:
             gpu for gpu in self.gpus.values() if entry.model in gpu.memory.residents or self.fits(gpu, entry.model)
         ]
         others = [gpu for gpu in fitting if gpu.gpu_id != entry.avoid_gpu]
-        idle = [gpu for gpu in others or fitting if gpu in self.idle and self.can_start(gpu, entry.model)]
-        return next((gpu for gpu in idle if entry.model in gpu.memory.residents), idle[0] if idle else None)
+        idle = [gpu for gpu in others or fitting if gpu in self.idle and self.can_start(gpu, model)]
+        return next((gpu for gpu in idle if model in gpu.memory.residents), idle[0] if idle else None)
 
     # What the Scheduler changes
 
