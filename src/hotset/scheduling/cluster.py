@@ -259,10 +259,9 @@ class Cluster:
 
     def gpu_for_retry(self, entry: Entry) -> GpuState | None:
         """An idle GPU for a request whose process died: not the one it died on unless there is no other. Linear."""
-        # One that holds it may be too small for its next load, and can run it all the same.
-        fitting = [
-            gpu for gpu in self.gpus.values() if entry.model in gpu.memory.residents or self.fits(gpu, entry.model)
-        ]
+        # One that holds its model may be too small for another load of it, and can run it all the same.
+        model = entry.model
+        fitting = [gpu for gpu in self.gpus.values() if model in gpu.memory.residents or self.fits(gpu, model)]
         others = [gpu for gpu in fitting if gpu.gpu_id != entry.avoid_gpu]
         idle = [gpu for gpu in others or fitting if gpu in self.idle and self.can_start(gpu, model)]
         return next((gpu for gpu in idle if model in gpu.memory.residents), idle[0] if idle else None)
