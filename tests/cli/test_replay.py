@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import msgspec
 import pytest
+from command_line import hotset
 
+from hotset.cli import replay
 from hotset.cli.replay import (
     Recording,
     arrivals_of,
@@ -16,6 +22,7 @@ from hotset.cli.replay import (
     simulated,
 )
 from hotset.gateway.state import TracedModel, TraceHeader, TraceRow
+from hotset.scheduling.policies.interface import PolicySettings
 from hotset.vocabulary import Gpu
 
 MIB = 1 << 20
@@ -171,3 +178,24 @@ def test_restores_tell_nothing_of_how_fast_loads_are() -> None:
     ]
 
     assert load_pace_of(Recording(recorded(1).header, rows))(0.2) == pytest.approx(0.5)
+
+
+def test_policies_run_with_the_recorded_settings_but_for_those_that_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording = recorded(1, 1, 1)
+    header = msgspec.structs.replace(recording.header, settings=PolicySettings(max_skips=7, overrun_s=6.0))
+    saved = tmp_path / "calls.ndjson"
+    saved.write_bytes(b"\n".join(map(msgspec.json.encode, (header, *recording.rows))))
+    used: list[PolicySettings] = []
+    really: Callable[..., Any] = replay.engine_of
+
+    def spied(*arguments: Any) -> Any:
+        used.append(arguments[-1])
+        return really(*arguments)
+
+    monkeypatch.setattr(replay, "engine_of", spied)
+    for given in ((), ("--o3-limit", "1", "--max-wait", "2s", "--overrun", "3s")):
+        result = hotset("replay", str(saved), "--policy", "mqfq_sticky", *given)
+        assert result.exit_code == 0, result.output
+    assert used == [header.settings, PolicySettings(o3_limit=1, max_skips=7, max_wait_s=2.0, overrun_s=3.0)]

@@ -9,6 +9,7 @@ from command_line import hotset
 
 import hotset.gateway.server as server
 from hotset.gateway.server import ServerConfig
+from hotset.scheduling.policies.interface import PolicySettings
 
 
 @pytest.fixture
@@ -37,6 +38,16 @@ def test_flags_beat_the_environment_which_beats_the_file(
     assert (started[0].policy, started[0].port, started[0].o3_limit) == ("lalb_o3", 2222, 7)
     assert started[0].gpu_memory_bytes == 1 << 30
     assert "hotset serves at http://127.0.0.1:2222" in result.output
+
+
+def test_what_policies_read_can_be_set(started: list[ServerConfig]) -> None:
+    assert hotset("serve").exit_code == 0
+    assert hotset("serve", "--max-skips", "5", "--max-wait", "3s", "--overrun", "500ms").exit_code == 0
+    settings = [(each.max_skips, each.max_wait_s, each.overrun_s) for each in started]
+    assert settings == [
+        (PolicySettings().max_skips, PolicySettings().max_wait_s, PolicySettings().overrun_s),
+        (5, 3, 0.5),
+    ]
 
 
 def test_it_listens_on_loopback_and_keeps_data_where_a_user_would_look(

@@ -130,6 +130,14 @@ def test_the_bounds_on_waiting_can_be_set() -> None:
     assert short_wait["miss_ratio"] > 1.2 * usual["miss_ratio"]
 
 
+def test_how_far_a_function_may_run_ahead_can_be_set() -> None:
+    crowded = ("--policy", "mqfq_sticky", "--rate", "900", "--working-set", "35", "--minutes", "0.5", "--seeds", "1")
+    (usual,), (short,) = (simulate(*crowded, *overrun) for overrun in ((), ("--overrun", "1s")))
+
+    # Functions that are hot wait for ones that are not, so there are more loads.
+    assert short["miss_ratio"] > 1.2 * usual["miss_ratio"]
+
+
 def test_every_combination_of_a_list_is_run() -> None:
     runs = simulate(*QUICK, "--policy", "lalb,lalb_o3", "--o3-limit", "0,5", "--load-scale", "1,0.1")
 

@@ -201,7 +201,7 @@ def test_a_recorded_servers_tiers_and_settings_are_what_is_set_now(recording: Pa
 @pytest.mark.parametrize("now_overlaps", [False, True])
 def test_whatever_is_tried_can_be_set(now_overlaps: bool, tmp_path: Path) -> None:
     assert set(FLAGS) == set(SETTINGS)
-    settings = PolicySettings(o3_limit=5, max_skips=100, max_wait_s=30.0)
+    settings = PolicySettings(o3_limit=5, max_skips=100, max_wait_s=30.0, overrun_s=3.0)
     current = Candidate(policy="lb", eviction="lru", overlap=now_overlaps, host_memory_bytes=5 * MIB)
     best = Candidate(
         policy="hotset",
@@ -212,13 +212,14 @@ def test_whatever_is_tried_can_be_set(now_overlaps: bool, tmp_path: Path) -> Non
     )
     flags = serve_flags(best, current)
 
-    assert flags[4:10] == ["--o3-limit", "5", "--max-skips", "100", "--max-wait", "30s"]
+    assert flags[4:12] == ["--o3-limit", "5", "--max-skips", "100", "--max-wait", "30s", "--overrun", "3s"]
     lanes = ["--no-overlap"] if now_overlaps else ["--overlap", "--prefetch-recurring"]
-    assert flags[10:] == [*lanes, "--host-memory", "0MiB"]
+    assert flags[12:] == [*lanes, "--host-memory", "0MiB"]
     file = tmp_path / "hotset.toml"
     file.write_text(serve_config(best, current))
     for arguments in (flags, ["--config", str(file)]):
         params = serve.make_context("serve", list(arguments)).params
         assert (params["o3_limit"], params["max_skips"], params["max_wait"]) == (5, 100, "30s")
+        assert params["overrun"] == "3s"
         assert (params["overlap"], params["host_memory"]) == (not now_overlaps, "0MiB")
         assert params["prefetch_recurring"] is not now_overlaps

@@ -80,7 +80,7 @@ class Running:
 
 
 @asynccontextmanager
-async def running(data: Path, **settings: float) -> AsyncIterator[Running]:
+async def running(data: Path, **settings: str | float) -> AsyncIterator[Running]:
     clock = HandClock()
     node = FakeNode(virtual_gpus(1, memory_bytes=320 * MIB), clock=clock)
     node.default = FakeFunction(load_s=0.1, inference_s=1.0)
@@ -100,6 +100,16 @@ async def running(data: Path, **settings: float) -> AsyncIterator[Running]:
                 os.kill(os.getpid(), signal.SIGTERM)
                 await asyncio.sleep(0)
         await task
+
+
+def test_the_policy_is_made_with_the_settings_that_were_given(tmp_path):
+    async def story():
+        given = {"o3_limit": 1, "max_skips": 2, "max_wait_s": 3.0, "overrun_s": 4.0}
+        async with running(tmp_path / "data", policy="mqfq_sticky", **given) as server:
+            header = json.loads((await server.client.get("/system/trace")).text.splitlines()[0])
+            assert (header["policy"], header["settings"]) == ("mqfq_sticky", given)
+
+    run_story(story)
 
 
 def test_a_stop_lets_calls_end(tmp_path):

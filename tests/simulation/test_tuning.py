@@ -231,6 +231,8 @@ def test_every_policy_meets_every_eviction_on_the_machine_as_it_is_used_now() ->
 def test_settings_are_tried_with_the_policies_that_heed_them() -> None:
     assert heeds("lalb_o3", "o3_limit")
     assert not heeds("lalb", "o3_limit")
+    assert heeds("mqfq_sticky", "overrun_s")
+    assert not heeds("hotset", "overrun_s")
     assert other_settings(LALB) == []
     assert [each.changed()["o3_limit"] for each in other_settings(O3)] == list(SETTINGS["o3_limit"])
     assert Candidate(policy="lb", eviction="lru", settings=PolicySettings(max_wait_s=1.0)).changed() == {

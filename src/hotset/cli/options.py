@@ -39,13 +39,17 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
-def bounded_waiting(settings: PolicySettings, max_skips: int | None, max_wait: str | None) -> PolicySettings:
-    """With the bounds on waiting that were given: ``--max-skips`` and ``--max-wait``."""
+def policy_settings(
+    settings: PolicySettings, *, max_skips: int | None, max_wait: str | None, overrun: str | None
+) -> PolicySettings:
+    """With what was given of ``--max-skips``, ``--max-wait`` and ``--overrun``."""
     changed: dict[str, Any] = {}
     if max_skips is not None:
         changed["max_skips"] = max_skips
     if max_wait is not None:
         changed["max_wait_s"] = parse_duration(max_wait, "--max-wait")
+    if overrun is not None:
+        changed["overrun_s"] = parse_duration(overrun, "--overrun")
     return msgspec.structs.replace(settings, **changed)
 
 

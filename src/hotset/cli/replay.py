@@ -14,7 +14,7 @@ from typing import Any
 import click
 import msgspec
 
-from hotset.cli.options import bounded_waiting, gateway_option, json_option, print_rows
+from hotset.cli.options import gateway_option, json_option, policy_settings, print_rows
 from hotset.cli.output import miss_ratio_text, write_json
 from hotset.cli.remote import Remote
 from hotset.errors import ConfigurationError, TraceError
@@ -82,6 +82,7 @@ class Replayed(msgspec.Struct, frozen=True):
 @click.option("--o3-limit", type=click.IntRange(min=0), help="Most times passed over; default: as recorded.")
 @click.option("--max-skips", type=click.IntRange(min=1), help="The same, of hotset.")
 @click.option("--max-wait", metavar="TIME", help="Then hotset passes it over no more; default: as recorded.")
+@click.option("--overrun", metavar="TIME", help="How far mqfq_sticky lets a function run ahead; default: as recorded.")
 @click.option("--gpus", type=click.IntRange(min=1), help="What if there were this many GPUs?")
 @click.option("--gpu-memory", metavar="SIZE", help="What if each had this much memory?")
 @click.option("--load-scale", default=1.0, show_default=True, type=click.FloatRange(min=0), help="Dearer loads?")
@@ -95,6 +96,7 @@ def replay(
     o3_limit: int | None,
     max_skips: int | None,
     max_wait: str | None,
+    overrun: str | None,
     gpus: int | None,
     gpu_memory: str | None,
     load_scale: float,
@@ -123,7 +125,7 @@ def replay(
         gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
         load_scale=load_scale,
     )
-    settings = bounded_waiting(known.settings, max_skips, max_wait)
+    settings = policy_settings(known.settings, max_skips=max_skips, max_wait=max_wait, overrun=overrun)
     if o3_limit is not None:
         settings = msgspec.structs.replace(settings, o3_limit=o3_limit)
     results = [Replayed(known.policy, known.eviction, True, measured(recording))]

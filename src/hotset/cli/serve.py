@@ -64,6 +64,13 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
 @click.option(
     "--max-wait", default="60s", show_default=True, metavar="TIME", help="Then hotset passes it over no more."
 )
+@click.option(
+    "--overrun",
+    default="10s",
+    show_default=True,
+    metavar="TIME",
+    help="How far mqfq_sticky lets a function run ahead of the least served one.",
+)
 @click.option("--eviction", default="hotset", show_default=True, type=click.Choice(list(EVICTIONS)))
 @click.option(
     "--virtual-gpus",
@@ -153,6 +160,7 @@ def serve(
     o3_limit: int,
     max_skips: int,
     max_wait: str,
+    overrun: str,
     eviction: str,
     virtual_gpus: int,
     gpu_memory: str | None,
@@ -211,6 +219,7 @@ def serve(
         o3_limit=o3_limit,
         max_skips=max_skips,
         max_wait_s=parse_duration(max_wait, "--max-wait"),
+        overrun_s=parse_duration(overrun, "--overrun"),
         eviction=eviction,
         virtual_gpus=virtual_gpus,
         gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory is not None else None,

@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from hotset.cli.comparison import tables
-from hotset.cli.options import bounded_waiting
+from hotset.cli.options import policy_settings
 from hotset.cli.output import STDOUT, progress, show_table, write_json
 from hotset.errors import ConfigurationError, TraceError, UnknownNameError
 from hotset.functions.units import format_bytes, parse_bytes, parse_duration
@@ -133,6 +133,9 @@ def _working_set(text: str) -> int | None:
 @click.option("--max-skips", type=click.IntRange(min=1), help="The same, of hotset.")
 @click.option("--max-wait", metavar="TIME", help="Then hotset lets it be overtaken no more.")
 @click.option(
+    "--overrun", metavar="TIME", help="How far mqfq_sticky lets a function run ahead of the least served one."
+)
+@click.option(
     "--load-scale",
     "load_scales",
     type=Several(float, "1"),
@@ -240,6 +243,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     o3_limits: tuple[int, ...]
     max_skips: int | None
     max_wait: str | None
+    overrun: str | None
     load_scales: tuple[float, ...]
     model_memory: str | None
     load: str | None
@@ -301,7 +305,9 @@ def experiment(options: Options) -> ExperimentSpec:
         policies=options.policies or base.policies,
         evictions=options.evictions,
         o3_limits=options.o3_limits,
-        settings=bounded_waiting(PolicySettings(), options.max_skips, options.max_wait),
+        settings=policy_settings(
+            PolicySettings(), max_skips=options.max_skips, max_wait=options.max_wait, overrun=options.overrun
+        ),
         load_scales=options.load_scales,
         cluster=cluster,
         seeds=options.seeds,

@@ -28,7 +28,12 @@ from hotset.simulation.traces.reading import first_line
 from hotset.simulation.tuning import Objective, Problem, Score, Tuning, tune
 from hotset.simulation.workloads import Arrival
 
-FLAGS: Mapping[str, str] = {"o3_limit": "o3-limit", "max_skips": "max-skips", "max_wait_s": "max-wait"}
+FLAGS: Mapping[str, str] = {
+    "o3_limit": "o3-limit",
+    "max_skips": "max-skips",
+    "max_wait_s": "max-wait",
+    "overrun_s": "overrun",
+}
 """Which flag of ``hotset serve`` sets a field of ``PolicySettings``."""
 DEFAULT_CURRENT = "hotset+hotset"
 """What ``hotset serve`` runs when nothing is said."""

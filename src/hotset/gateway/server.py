@@ -61,6 +61,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     o3_limit: int = 25
     max_skips: int = 10_000
     max_wait_s: float = 60.0
+    overrun_s: float = 10.0
     eviction: str = "hotset"
     virtual_gpus: int = 0
     """0: this machine's CUDA GPUs."""
@@ -114,7 +115,12 @@ async def run(
     config: ServerConfig, *, nodes: Sequence[Node] | None = None, ready: Callable[[str], None] = log.info
 ) -> None:
     """``serve`` on the running loop; ``nodes`` instead of this machine's GPUs."""
-    settings = PolicySettings(o3_limit=config.o3_limit, max_skips=config.max_skips, max_wait_s=config.max_wait_s)
+    settings = PolicySettings(
+        o3_limit=config.o3_limit,
+        max_skips=config.max_skips,
+        max_wait_s=config.max_wait_s,
+        overrun_s=config.overrun_s,
+    )
     scheduler = Scheduler(
         make_policy(config.policy, settings),
         make_eviction(config.eviction),

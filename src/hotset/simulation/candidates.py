@@ -15,6 +15,7 @@ SETTINGS: Mapping[str, Sequence[float]] = {
     "o3_limit": (0, 5, 10, 50, 100, 400),
     "max_skips": (100, 1_000),
     "max_wait_s": (10.0, 30.0, 300.0),
+    "overrun_s": (1.0, 3.0, 30.0),
 }
 """What is tried of each of ``PolicySettings`` beside its default, one at a time, with the policies that heed it."""
 _DEFAULTS = PolicySettings()
