@@ -144,3 +144,18 @@ def test_a_restore_is_learned_of_a_model_that_nobody_added():
     profiles = Profiles()
     profiles.observe_restore("a", "h100", 0.5, 100)
     assert profiles.restore_s("a", "h100") == 0.5
+
+
+def test_what_is_expected_of_runs_lies_within_what_was_declared_and_seen():
+    profiles = Profiles()
+    assert profiles.shortest_each_s == float("inf")
+    profiles.add(model("a", inference_s=1.0))
+    profiles.add(model("b", inference_s=None, max_batch=4))
+    assert profiles.shortest_each_s == pytest.approx(1.0)
+    profiles.observe_run("b", "h100", 2, 2.0)
+    assert profiles.shortest_each_s == pytest.approx(0.5), "four might have shared it"
+    profiles.observe_run("b", "h100", 1, 8.0)
+    profiles.observe_run("gone", "h100", 1, 0.125)
+    assert profiles.shortest_each_s == pytest.approx(0.125)
+    assert profiles.shortest_each_s <= 0.125
+    assert profiles.longest_run_s >= 8.0

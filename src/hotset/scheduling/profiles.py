@@ -7,6 +7,7 @@ per model).
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 
@@ -215,10 +216,14 @@ class Profiles:
         self._any_run = Average(None)
         self.longest_run_s = DEFAULT_INFERENCE_S
         """No run of one request is expected to take longer (read only)."""
+        self.shortest_each_s = math.inf
+        """No request is expected to take less of a GPU's time, be its share of a full batch, once any model ran
+        (read only)."""
 
     def add(self, model: Model) -> None:
         self._models[model.name] = model
-        self._bound_runs(model.profile.inference_s or 0.0)
+        if model.profile.inference_s is not None:
+            self._bound_runs(model.profile.inference_s, model.max_batch)
         self.least.setdefault(model.name, Least(model.profile))
         self.footprints.setdefault(model.name, Footprint(model.profile.sizes_bytes, model.profile.growth_bytes))
 
@@ -306,15 +311,18 @@ class Profiles:
             self._any_copy.observe(seconds / copied_bytes)
 
     def observe_run(self, model: str, kind: str, batch: int, seconds: float) -> None:
-        if seconds >= self.longest_run_s:
-            self._bound_runs(seconds)
+        if seconds >= self.longest_run_s or seconds / batch <= self.shortest_each_s:
+            known = self._models.get(model)
+            self._bound_runs(seconds, batch if known is None else max(batch, known.max_batch))
         (self._runs.get((model, kind)) or self._run(model, kind)).observe(batch, seconds)
         self._any_run.observe(seconds / batch)
         if model in self.least:
             self.least[model].observe_run(seconds / batch)
 
-    def _bound_runs(self, seconds: float) -> None:
-        self.longest_run_s = max(self.longest_run_s, seconds * 1.000001)  # means of these are rounded
+    def _bound_runs(self, seconds: float, most: int) -> None:
+        """A run took so long that at most so many may share; with a little play, as means of these are rounded."""
+        self.longest_run_s = max(self.longest_run_s, seconds * 1.000001)
+        self.shortest_each_s = min(self.shortest_each_s, seconds / most / 1.000001)
 
     def _load(self, model: str, kind: str) -> Typical:
         declared = self._models.get(model)

@@ -207,6 +207,8 @@ class Hotset:
             return None
         best, gpu = None, next(iter(cluster.idle))
         least_s = cluster.inference_s(hit.entry.model, hit.gpu) / MUCH_SHORTER
+        if profiles.shortest_each_s >= least_s:
+            return None
         for model in islice(queue.models, MOST_LINES):
             if model in cluster.cache.held:
                 continue
