@@ -8,6 +8,7 @@ lalb_o3; at 1,000 GPUs and 10,000 functions, kept about 80 % busy, at most 3 tim
 
 from __future__ import annotations
 
+import argparse
 import resource
 import statistics
 import subprocess
@@ -59,7 +60,7 @@ def peak_mib(minutes: float) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def main() -> None:
+def compare() -> None:
     speed = machine_speed()
     print(f"this machine: {speed:.2f} of the reference machine (calibration.py)")
     small_s = measure("   12 GPUs,     35 functions", SMALL, PAPER_GPUS)
@@ -78,9 +79,21 @@ def main() -> None:
     )
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peak-memory"]:
-        simulate(Synthetic(popularity=Popularity.zipf(35), minutes=float(sys.argv[2])), PAPER_GPUS, streamed=True)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--peak-memory",
+        type=float,
+        metavar="MINUTES",
+        help="print only the peak memory in MiB of so many minutes, simulated",
+    )
+    minutes: float | None = parser.parse_args().peak_memory
+    if minutes is None:
+        compare()
     else:
-        main()
+        simulate(Synthetic(popularity=Popularity.zipf(35), minutes=minutes), PAPER_GPUS, streamed=True)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+if __name__ == "__main__":
+    main()
