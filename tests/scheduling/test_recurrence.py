@@ -253,7 +253,7 @@ class TestWhatHappensMeanwhile:
         assert list(habits.expected) == ["c"]
 
     def test_it_needs_two_lanes(self):
-        with pytest.raises(ConfigurationError, match="set overlap too"):
+        with pytest.raises(ConfigurationError, match=r"set overlap too \(--overlap\)$"):
             SchedulerConfig(prefetch_recurring=True)
 
 

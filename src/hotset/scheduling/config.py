@@ -34,4 +34,6 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.prefetch_recurring and not self.overlap:
-            raise ConfigurationError("models can only be prefetched where loads overlap with runs: set overlap too")
+            raise ConfigurationError(
+                "models can only be prefetched where loads overlap with runs: set overlap too (--overlap)"
+            )
