@@ -160,6 +160,7 @@ def made(device: str, monkeypatch: pytest.MonkeyPatch, taken: Callable[[], int |
     order = LoadOrder(model="m@1", entry="m:M", code_path="", device=device, limit_bytes=1 << 30)
     clock = iter(range(1000))
     monkeypatch.setattr(model_memory, "perf_counter", lambda: float(next(clock)) / 1e4)
+    monkeypatch.setattr(model_memory, "thread_time", lambda: 0.0)
     monkeypatch.setattr(model_memory, "cuda_bytes", lambda emptied=False: taken())
     return ModelMemory(order)
 
@@ -185,10 +186,13 @@ def test_questions_to_the_driver_become_seldom_where_nothing_changes(monkeypatch
 def test_what_takes_long_to_look_at_is_looked_at_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = made("cpu", monkeypatch, lambda: None)
     memory.loaded(SimpleNamespace(), 0)
-    clock = iter((10.0, 10.005))
-    monkeypatch.setattr(model_memory, "perf_counter", lambda: next(clock))
+    spent = iter((10.0, 10.005, 20.0, 21.0))
+    monkeypatch.setattr(model_memory, "thread_time", lambda: next(spent))
+    monkeypatch.setattr(model_memory, "perf_counter", lambda: 7.0)
     assert memory.look() is None
-    assert memory.due_s == pytest.approx(10.005 + 5.0)
+    assert memory.due_s == pytest.approx(7.0 + 5.0)
+    assert memory.look() is None
+    assert memory.due_s == pytest.approx(7.0 + 60.0), "but not for ever"
 
 
 def test_nothing_is_gone_through_while_the_process_is_as_large_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ have it, so there it does.
 from __future__ import annotations
 
 import os
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 from hotset.functions.http_envelope import PROCESS_ENTRY
@@ -18,9 +18,9 @@ from hotset.node.worker.memory import children_bytes, cuda_bytes, measure, priva
 LOOK_AGAIN_S = 1.0
 """Between two looks, at least."""
 _RARELY = 1000
-"""A look that takes long is taken less often: it has this share of the time at most, and so of all calls."""
+"""A look that takes long is taken less often: its processor time is this share of all time at most."""
 _SELDOM_S = 60.0
-"""On CUDA every look is a question to the driver: looks that show nothing become as seldom as this."""
+"""The longest pause. On CUDA every look is a question to the driver, and looks that show nothing become as seldom."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -53,7 +53,7 @@ class ModelMemory:
 
     def look(self) -> Measured | None:
         """What it takes now, if that is news; on CUDA always, as only the node can ask the driver."""
-        begin_s = perf_counter()
+        begin_s = thread_time()
         self.ran = False
         taken_bytes = self._taken() if self.on_cuda or self._is_command or self._has_changed() else self.memory_bytes
         news = taken_bytes is not None and is_news(self.memory_bytes, taken_bytes)
@@ -65,9 +65,8 @@ class ModelMemory:
             self._resident_bytes = _resident_bytes()
         if news and taken_bytes is not None:
             self.memory_bytes = taken_bytes
-        now_s = perf_counter()
         self._pause_s = min(2 * self._pause_s, _SELDOM_S) if self.on_cuda and not news else LOOK_AGAIN_S
-        self.due_s = now_s + max(self._pause_s, _RARELY * (now_s - begin_s))
+        self.due_s = perf_counter() + max(self._pause_s, min(_RARELY * (thread_time() - begin_s), _SELDOM_S))
         return Measured(memory_bytes=taken_bytes) if news or self.on_cuda else None
 
     def _has_changed(self) -> bool:
