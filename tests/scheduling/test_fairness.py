@@ -10,7 +10,7 @@ from scheduling_world import End, World, model
 from hotset.scheduling import fairness, standing
 from hotset.scheduling.config import SchedulerConfig
 from hotset.scheduling.fairness import CREDIT, FairShares, Usage
-from hotset.scheduling.queue import Entry
+from hotset.scheduling.queue import Entry, Share
 from hotset.vocabulary import RejectReason, Request
 
 
@@ -455,3 +455,17 @@ class TestFullLine:
         world, flood = self.full(priority=1)
         assert world.ends[world.arrive("a", caller="quiet")] is RejectReason.QUEUE_FULL
         assert set(flood) <= set(world.open)
+
+
+def test_calls_that_come_back_from_a_lost_gpu_stand_as_they_did():
+    world = World("lalb", gpus=(1.0, 1.0))
+    world.arrive("a", caller="x")
+    world.serve("g0")
+    world.arrive("a", caller="x")
+    world.arrive("a", caller="y")
+    assert len(world.local("g0")) == 1
+    world.lose("g0")
+    (queue,) = [queue for queue in world.scheduler.cluster.queues.all if queue.waiting]
+    assert queue.standing.share is Share.WITHIN
+    world.drain()
+    assert set(world.ends.values()) == {End.ANSWERED}

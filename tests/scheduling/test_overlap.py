@@ -295,6 +295,14 @@ def test_many_copies_are_found_with_lanes_too(monkeypatch: pytest.MonkeyPatch):
     assert not world.open
 
 
+def test_a_lost_gpu_is_no_holder_among_many(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(holders, "MANY_COPIES", 0)
+    world = hot(World("lalb", gpus=(2.0, 2.0)), "aa")
+    world.lose("g0")
+    world.arrive("a")
+    assert world.doing("g1") == "loading a"
+
+
 def test_a_run_that_fails_too_late_is_not_tried_again():
     world = World(gpus=(2.0,))
     request = world.arrive("a", patience_s=5.0)

@@ -252,6 +252,13 @@ class TestWhatHappensMeanwhile:
         habits.arrived("a", 1000.0)
         assert list(habits.expected) == ["c"]
 
+    def test_a_model_that_was_removed_is_followed_by_nobody(self):
+        habits = recurrence.Recurrence(world(gpus=0).scheduler.cluster)
+        habits.arrived("a", 0.0)
+        habits.forget("a")
+        habits.arrived("b", 2.0)
+        assert list(habits._habits) == ["b"]
+
     def test_it_needs_two_lanes(self):
         with pytest.raises(ConfigurationError, match=r"set overlap too \(--overlap\)$"):
             SchedulerConfig(prefetch_recurring=True)
