@@ -183,6 +183,8 @@ class World:
     def loaded(self, gpu_id: str, *, load_s: float = 4.0, memory_bytes: int | None = None) -> None:
         """A load or a restore is done, and whatever was to be copied before it."""
         device, copy = self._next_load(gpu_id)
+        if isinstance(copy, Load):
+            device.kept.pop(copy.model, None)  # what it kept when it was loaded before
         if memory_bytes is not None:
             most_bytes = device.resident[copy.model] + max(0, device.gpu.memory_bytes - device.used_bytes)
             growth_bytes = self.scheduler.profiles.footprints[copy.model].growth_bytes
