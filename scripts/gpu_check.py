@@ -42,6 +42,7 @@ CHECKS: Mapping[str, Check] = {
     "memory figures": memory.figures,
     "residency": memory.residency,
     "allocator": memory.allocator,
+    "growth": memory.growth,
     "swaps": memory.swaps,
     "parking": copies.parking,
     "tensors": copies.tensors,

@@ -182,6 +182,27 @@ async def allocator(setup: Setup, found: Findings) -> None:
     found.expect(seen_mib >= kept_mib, "the node reports less than torch holds")
 
 
+async def growth(setup: Setup, found: Findings) -> None:
+    """What a function keeps of its runs is measured a moment after them, and the node's listener is told."""
+    async with setup.node(memory_bytes=3 * setup.model_bytes if setup.virtual else None) as node:
+        spec = setup.probe()
+        loaded = await node.load(spec)
+        await node.ask(spec, "hoard", setup.model_mib)
+        begin_s = monotonic()
+        told_bytes = await node.until_measured(spec, loaded.memory_bytes + setup.model_bytes)
+        found.figures |= {
+            "loaded_mib": loaded.memory_bytes / MIB,
+            "kept_mib": setup.model_mib,
+            "told_mib": told_bytes / MIB,
+            "told_after_s": monotonic() - begin_s,
+        }
+    found.expect(told_bytes >= loaded.memory_bytes + setup.model_bytes, "what a run left behind was not told")
+    found.expect(
+        told_bytes <= loaded.memory_bytes + setup.model_bytes + (0 if setup.virtual else MOST_CONTEXT_MIB * MIB),
+        "more was told than a run left behind",
+    )
+
+
 async def swaps(setup: Setup, found: Findings) -> None:
     """Two models take turns on one GPU; memory stays where it was after the first turn."""
     nvml = setup.nvml

@@ -32,6 +32,7 @@ LAYER_MIB = 4
 CALL_LIMIT_S = 40.0
 GONE_WITHIN_S = 10.0
 ZYGOTE_WITHIN_S = 40.0
+MEASURED_WITHIN_S = 10.0
 WAITS_WITHIN_S = 20.0
 STOPPED_WITHIN_S = 15.0
 POOL_SIZE = 1
@@ -237,6 +238,7 @@ class Driven:
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[tuple[str, str], asyncio.Future[Any]] = {}
         self._bodies: dict[int, bytes] = {}
+        self._measured_bytes: dict[tuple[str, str], int] = {}
         self._last_request_id = 0
 
     @property
@@ -302,6 +304,14 @@ class Driven:
             await asyncio.sleep(0.02)
         return pids.pop()
 
+    async def until_measured(self, spec: LaunchSpec, at_least_bytes: int, gpu: int = 0) -> int:
+        """What the model takes, once the node has told after a run that it is so much or more; or what it last told."""
+        deadline_s = monotonic() + MEASURED_WITHIN_S
+        key = (self.gpus[gpu].gpu_id, spec.model)
+        while self._measured_bytes.get(key, 0) < at_least_bytes and monotonic() < deadline_s:
+            await asyncio.sleep(0.02)
+        return self._measured_bytes.get(key, 0)
+
     def report(self, spec: LaunchSpec, gpu: int = 0) -> ProcessReport:
         """What the node says of a resident model's process."""
         gpu_id = self.gpus[gpu].gpu_id
@@ -337,7 +347,7 @@ class Driven:
         self._settle(gpu_id, model, Loaded(restore_s, memory_bytes or 0))
 
     def measured(self, gpu_id: str, model: str, memory_bytes: int) -> None:
-        """Whoever wants to know asks for a ``report``."""
+        self._measured_bytes[gpu_id, model] = memory_bytes
 
     def answered(self, answer: Answer) -> None:
         self._bodies[answer.request_id] = bytes(answer.body)

@@ -91,6 +91,9 @@ class ScriptedNode:
     async def ask(self, spec: Any, what: str, value: float = 0.0) -> dict[str, Any]:
         return self.answers[what]
 
+    async def until_measured(self, spec: Any, at_least_bytes: int) -> int:
+        return int(self.answers["hoard"]["told_bytes"])
+
     async def offload(self, spec: Any) -> Parked:
         return Parked(0.02, 300 * MIB, 256 * MIB)
 
@@ -358,6 +361,17 @@ def test_the_allocators_cache_is_seen_and_can_be_had_back(on_a_gpu: Scripted) ->
     assert on_a_gpu(memory.allocator, FakeNvml(), **answers).outcome is Outcome.PASS
     record = on_a_gpu(memory.allocator, FakeNvml(), memory_mib=300, **answers)
     assert record.why == "the node reports less than torch holds"
+
+
+def test_what_runs_leave_behind_is_to_be_told(on_a_gpu: Scripted) -> None:
+    for told_mib, why in (
+        (900, ""),
+        (0, "what a run left behind was not told"),
+        (600, "what a run left behind was not told"),
+        (3000, "more was told than a run left behind"),
+    ):
+        record = on_a_gpu(memory.growth, FakeNvml(), hoard={"told_bytes": told_mib * MIB})
+        assert (record.outcome is Outcome.PASS, record.why) == (not why, why)
 
 
 def test_copies_are_judged_by_their_share_of_a_pinned_one(on_a_gpu: Scripted) -> None:
