@@ -79,7 +79,7 @@ COPY_BYTES_PER_S = 24e9
 """Between pinned host memory and a GPU: PCIe 4.0 x16, of whose 31.5 GB/s about three quarters are reached."""
 RELOAD_FIXED_S = 0.03
 """Of a load whose weights are in host memory: a process from the pool, the function's own code, the first use of the
-GPU. On virtual GPUs it is 12.6 ms (docs/residency.md, a miss); on CUDA it was not measured."""
+GPU. On virtual GPUs it is 7 to 13 ms (docs/residency.md, a miss); on CUDA it was not measured."""
 PAPER_GPUS = 12
 PAPER_GPU_MEMORY_BYTES = 7800 * MIB
 

@@ -18,7 +18,7 @@ from hotset.node.worker.memory import children_bytes, cuda_bytes, measure, priva
 LOOK_AGAIN_S = 1.0
 """Between two looks, at least."""
 _RARELY = 1000
-"""A look that takes long is taken less often: its processor time is this share of all time at most."""
+"""A look that takes long is taken less often: the pause is so many times its processor time, up to the longest."""
 _SELDOM_S = 60.0
 """The longest pause. On CUDA every look is a question to the driver, and looks that show nothing become as seldom."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
